@@ -1,0 +1,1 @@
+"""replib: train rich multi-branch blocks, deploy one plain convolution."""
