@@ -1,0 +1,46 @@
+"""Whole networks: from blocks to their deployed form."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from replib.blocks import RepBlock
+
+
+def outermost_blocks(model: nn.Module) -> dict[str, RepBlock]:
+    """The re-parameterizable blocks of a network by name, without those inside another block."""
+    if isinstance(model, RepBlock):
+        return {"": model}
+    found: dict[str, RepBlock] = {}
+    for name, child in model.named_children():
+        inner = outermost_blocks(child)
+        found |= {f"{name}.{rest}".rstrip("."): block for rest, block in inner.items()}
+    return found
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A deployed copy: every block becomes one plain convolution; the model is left as it is.
+
+    The root may be a block itself, and a block used in several places stays one module.
+    Raises: ValueError in train mode, where the output depends on the batch and no plain
+    convolution can equal it.
+    """
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"{training[0]} is in train mode (so are {len(training) - 1} other modules): "
+            "call model.eval() before fusing."
+        )
+    fused = copy.deepcopy(model)
+    if isinstance(fused, RepBlock):
+        return fused.deploy()
+    deployed: dict[int, nn.Module] = {}
+    for parent in list(fused.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RepBlock):
+                if id(child) not in deployed:
+                    deployed[id(child)] = child.deploy()
+                setattr(parent, name, deployed[id(child)])
+    return fused

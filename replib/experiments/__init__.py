@@ -1,0 +1,1 @@
+"""Parameters, cells, the evidence store and executors."""

@@ -1,0 +1,1 @@
+"""What happens to blocks over training time."""

@@ -1,0 +1,250 @@
+"""The cycle of RepAn (Recursive-Rep): merge, redraw, restore, train on.
+
+A trained multi-branch network is merged, its side branches are drawn anew, the merged kernel is
+written back into the main branch, and training goes on with a fresh optimizer and a fresh cosine.
+The deployed network never changes its size.
+
+Source: Fei et al., "RepAn: Enhanced Annealing through Re-parameterization", CVPR 2024, and its
+released code, whose semantics are `fidelity="official"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from replib.blocks import RepBlock
+from replib.branches import Convolution, Norm
+from replib.convert import outermost_blocks
+from replib.kernels import Kernel, convolve
+
+VERSION = 1  # raise when the numbers of a cycle change
+
+RATE_SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    # As released: the first epoch runs at full rate, since the ramp is set at its end.
+    "official": lambda epoch, warmup: 1.0 if epoch == 0 else min((epoch + 1) / warmup, 1.0),
+    "ramp": lambda epoch, warmup: min(epoch / warmup, 1.0),
+    "constant": lambda epoch, warmup: 1.0,
+}
+RESTRUCTURE = {
+    "cycle": "merge, redraw the side branches, restore the main branch",
+    "redraw": "only redraw the side branches; the main branch keeps what it has",
+    "none": "change nothing: the same code is then plain warm restarts, the control",
+}
+FREEZE = {
+    "none": "the main branch trains from the start of a cycle",
+    "skip": "during the warm-up its gradients are None: skipped, weight decay included (torch 2)",
+    "zero": "during the warm-up its gradients are 0: weight decay still acts (torch 1.9)",
+}
+
+
+def decay_groups(model: nn.Module, weight_decay: float, decay: str = "weights") -> list[dict]:
+    """Two groups for an optimizer: with weight decay, and without.
+
+    decay: "weights" decays convolution kernels only (RepAn's cycles); "all" everything.
+    """
+    decayed, free = [], []
+    kinds = (Convolution, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kernel = isinstance(module, kinds) and name == "weight"
+            (decayed if kernel or decay == "all" else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Cycle:
+    """The cycle over every block of a model, for one's own training loop.
+
+        cycle = Cycle(model, warmup=5)
+        for _ in range(cycles):
+            cycle.start_cycle(images)
+            optimizer = torch.optim.SGD(cycle.parameter_groups(2e-4), lr=0.75)
+            for epoch in range(epochs):
+                cycle.epoch(epoch)
+                for x, y in batches:
+                    optimizer.zero_grad()
+                    loss(model(x), y).backward()
+                    cycle.after_backward()
+                    optimizer.step()
+
+    warmup: epochs over which lambda ramps and the main branch may be frozen (W).
+    fidelity: "official" to the letter of the released code: the merge takes lambda as 1, stale
+    statistics stay, the main branch takes the whole kernel although the new side branches come on
+    top. "preserving" keeps the function: it merges with the true lambda, measures the statistics
+    of the new branches and subtracts them from the main branch.
+    rate_schedule, restructure, freeze: keys of `RATE_SCHEDULES`, `RESTRUCTURE`, `FREEZE`.
+    norm: what happens to the main norm (`replib.branches.NORM_AT_RESTORE`); by default the
+    family's for official, "match" for preserving ("unit" without images).
+    Blocks without side branches, or that cannot be inverted, are kept and listed in `kept`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        warmup: int,
+        fidelity: str = "official",
+        rate_schedule: str | None = None,
+        restructure: str = "cycle",
+        freeze: str = "none",
+        norm: str | None = None,
+        rule: str = "repan",
+        seed: int = 0,
+    ):
+        for name, value, known in (
+            ("fidelity", fidelity, ("official", "preserving")),
+            ("rate_schedule", rate_schedule or "official", RATE_SCHEDULES),
+            ("restructure", restructure, RESTRUCTURE),
+            ("freeze", freeze, FREEZE),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} (={value!r}) must be one of {', '.join(known)}.")
+        if warmup < 1:
+            raise ValueError(f"warmup (={warmup}) must be at least 1 epoch.")
+        default = "official" if fidelity == "official" else "constant"
+        self.rate_at = RATE_SCHEDULES[rate_schedule or default]
+        self.model, self.warmup, self.fidelity = model, warmup, fidelity
+        self.restructure, self.freeze, self.norm, self.rule = restructure, freeze, norm, rule
+        self.seed, self.cycle, self.current_epoch = seed, -1, 0
+        blocks = outermost_blocks(model)
+        self.blocks = {n: b for n, b in blocks.items() if b.side_branches and b.invertible}
+        self.kept = {
+            name: "has no side branches" if block.invertible else "cannot be inverted"
+            for name, block in blocks.items()
+            if name not in self.blocks
+        }
+
+    def start_cycle(self, images: Tensor | None = None) -> None:
+        """Merge, redraw, restore. images (N, C, H, W): what "preserving" measures statistics on.
+
+        The model's train or eval mode is left as it was.
+        """
+        self.cycle += 1
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.cycle)
+        if self.restructure == "redraw":
+            for block in self.blocks.values():
+                block.redraw(self.rule, generator)
+        elif self.restructure == "cycle" and self.fidelity == "official":
+            for block in self.blocks.values():
+                kernel = block.merged(rate=1.0)
+                block.redraw(self.rule, generator)
+                block.restore(kernel, "official", self.norm)
+        elif self.restructure == "cycle":
+            self.restore_preserving(images, generator)
+        self.epoch(0)
+
+    @torch.no_grad()
+    def restore_preserving(self, images: Tensor | None, generator: torch.Generator) -> None:
+        """One pass over `images`: each block is restored when its own input arrives.
+
+        The blocks before it are restored already, so it sees the input that it had before.
+        """
+        rate = self.rate_at(0, self.warmup)
+        if images is None:
+            for block in self.blocks.values():
+                kernel = block.merged()
+                block.redraw(self.rule, generator)
+                for branch in block.side_branches.values():
+                    reset_statistics(branch)
+                block.set_rate(rate)
+                block.restore(kernel, "preserving", self.norm or "unit")
+            return
+
+        waiting = set(self.blocks.values())
+
+        def restore(block: RepBlock, inputs: tuple[Tensor, ...]) -> None:
+            if block not in waiting:  # a block used twice is restored at its first use
+                return
+            waiting.remove(block)
+            kernel = block.merged()
+            block.redraw(self.rule, generator)
+            measure_side_branches(block, inputs[0])
+            block.set_rate(rate)
+            geometry = block.geometry
+
+            def statistics(bare: Kernel) -> tuple[Tensor, Tensor]:
+                bare = bare.to(inputs[0].dtype)
+                y = convolve(inputs[0], bare, geometry.padding, geometry.stride)
+                axes = (0, *range(2, y.dim()))
+                return y.mean(axes), y.var(axes, correction=0)
+
+            block.restore(kernel, "preserving", self.norm or "match", statistics)
+
+        modes = {module: module.training for module in self.model.modules()}
+        hooks = [block.register_forward_pre_hook(restore) for block in waiting]
+        try:
+            self.model.eval()(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes.items():
+                module.training = training
+
+    def epoch(self, epoch: int) -> None:
+        """Say that epoch `epoch` (from 0) of the cycle begins: sets lambda."""
+        self.current_epoch = epoch
+        for block in self.blocks.values():
+            block.set_rate(self.rate_at(epoch, self.warmup))
+
+    @property
+    def rate(self) -> float:
+        """The lambda of the current epoch."""
+        return self.rate_at(self.current_epoch, self.warmup)
+
+    def after_backward(self) -> None:
+        """Call after backward (and clipping), before the step: holds the main branch still."""
+        if self.freeze == "none" or self.current_epoch >= self.warmup:
+            return
+        for block in self.blocks.values():
+            for parameter in block.main_branch.parameters():
+                if self.freeze == "skip":
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Groups for the optimizer: convolution kernels decay, norms and classifier do not."""
+        return decay_groups(self.model, weight_decay)
+
+    def state_dict(self) -> dict:
+        """What a resumed loop needs: the number of the cycle and of its epoch."""
+        return {"cycle": self.cycle, "epoch": self.current_epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.cycle = state["cycle"]
+        self.epoch(state["epoch"])
+
+
+def reset_statistics(piece: nn.Module) -> None:
+    """Running statistics of all norms back to mean 0, variance 1."""
+    for module in piece.modules():
+        if isinstance(module, Norm):
+            module.norm.reset_running_stats()
+
+
+@torch.no_grad()
+def measure_side_branches(block: RepBlock, x: Tensor) -> None:
+    """Set the running statistics of the side branches to those of the batch x."""
+    norms = [
+        module.norm
+        for branch in block.side_branches.values()
+        for module in branch.modules()
+        if isinstance(module, Norm)
+    ]
+    held = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average: one batch counts in full
+        norm.train()
+    try:
+        block(x)
+    finally:
+        for norm, (momentum, training) in zip(norms, held, strict=True):
+            norm.momentum = momentum
+            norm.train(training)

@@ -1,0 +1,1 @@
+"""Data, augmentation, one training loop, checkpoints."""
