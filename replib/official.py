@@ -1,0 +1,286 @@
+"""Official checkpoints in and out: one table of names per source, one reader, one writer.
+
+A source says which of our tensors an official name stands for, in the official order. What our
+module would export is also what a file must hold, so a file is checked against that export.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from replib.blocks import BLOCKS, RepBlock
+from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg
+from replib.models.layers import SqueezeExcite
+
+State = dict[str, Tensor]
+Renames = tuple[tuple[str, str], ...]
+OPTIONAL = "num_batches_tracked"  # files older than torch 0.4.1 lack it
+
+
+@dataclass(frozen=True)
+class Derived:
+    """An official tensor that follows from the block: written on export, ignored on load."""
+
+    compute: Callable[[RepBlock], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a released code names the tensors of one block.
+
+    names: official prefix -> our prefix, or `Derived` for a whole key; in the official order.
+    options: (kwargs, file) -> options of our family.
+    around: renames, as in `Architecture`, of the layers around the block.
+    """
+
+    family: str
+    names: Mapping[str, str | Derived]
+    options: Callable[[Mapping, State], dict] = lambda kwargs, state: {}
+    around: Renames = (("block", ""),)
+
+
+MERGED = {
+    "weight": Derived(lambda block: block.merged().weight),
+    "bias": Derived(lambda block: block.merged().bias),
+}
+
+
+def always_merged(prefix: str) -> dict[str, Derived]:
+    """RepAn keeps a merged convolution in every block; in its files it may be stale."""
+    return {f"{prefix}.{name}": derived for name, derived in MERGED.items()}
+
+
+SOURCES = {
+    "repvgg": Source(
+        "repvgg",
+        {
+            "rbr_identity": "branches.identity.norm",
+            "rbr_dense.conv": "branches.dense.0",
+            "rbr_dense.bn": "branches.dense.1.norm",
+            "rbr_1x1.conv": "branches.1x1.0",
+            "rbr_1x1.bn": "branches.1x1.1.norm",
+        },
+        around=(
+            ("block", ""),
+            (r"(se|post_se)\.reduce", r"\1.down"),
+            (r"(se|post_se)\.expand", r"\1.up"),
+        ),
+    ),
+    "repan_repvgg": Source(
+        "repvgg",
+        {
+            "conv_3": "branches.dense.0",
+            "bn_3": "branches.dense.1.norm",
+            "conv_1": "branches.1x1.0",
+            "bn_1": "branches.1x1.1.norm",
+            "bn_0": "branches.identity.norm",
+            **always_merged("rep_conv"),
+        },
+        # The first block of a stage has no identity branch, whatever its shape.
+        lambda kwargs, state: {"identity": "bn_0.weight" in state},
+    ),
+}
+SQUEEZE_EXCITE = {"use_se": ("se", 16), "use_post_se": ("post_se", 4)}  # name, reduction
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a released network is laid out.
+
+    build: classes -> our body; classifier: the official weight whose rows are the classes;
+    renames: (pattern of our module path, official path), the first that matches whole counts.
+    """
+
+    source: str
+    build: Callable[..., nn.Module]
+    classifier: str
+    renames: Renames
+
+
+ARCHITECTURES = {
+    f"repan_repvgg_{name}": Architecture(
+        "repan_repvgg",
+        partial(cifar_repvgg, name),
+        "fc.weight",
+        ((r"stages\.(\d+)\.(\d+)\.block", r"stages.\1.sequential.\2"),),
+    )
+    for name in WIDTH_FACTORS
+}
+
+
+class Entry(NamedTuple):
+    """One official tensor: the keys of ours it holds, and the way there and back."""
+
+    ours: tuple[str, ...]
+    write: Callable[..., Tensor]
+    read: Callable[[Tensor], Iterable[Tensor]]
+
+
+def joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def renamed(path: str, renames: Renames) -> str:
+    """The official path of one of our modules."""
+    for pattern, official in renames:
+        if match := re.fullmatch(pattern, path):
+            return match.expand(official)
+    return path
+
+
+def block_entries(block: RepBlock, source: Source) -> Iterator[tuple[str, Entry]]:
+    """(official key, Entry) for every tensor of a block, in the official order."""
+    keys = [key for key in block.state_dict() if key != "rate"]
+    for theirs, ours in source.names.items():
+        if isinstance(ours, Derived):
+            yield theirs, Entry((), partial(ours.compute, block), lambda tensor: ())
+            continue
+        for key in keys:
+            if key.startswith(f"{ours}."):
+                yield theirs + key.removeprefix(ours), Entry((key,), torch.clone, lambda t: (t,))
+
+
+def entries(
+    module: nn.Module, source: Source, renames: Renames = (), path: str = ""
+) -> Iterator[tuple[str, Entry]]:
+    """(official key, Entry) for every tensor of a network, in the order of its modules."""
+    theirs = renamed(path, renames)
+    if isinstance(module, RepBlock):
+        for key, entry in block_entries(module, source):
+            ours = tuple(joined(path, name) for name in entry.ours)
+            yield joined(theirs, key), entry._replace(ours=ours)
+        return
+    for name in module.state_dict():
+        if "." not in name:
+            yield joined(theirs, name), Entry((joined(path, name),), torch.clone, lambda t: (t,))
+    # Released codes register squeeze-excite before the branches.
+    for name, child in sorted(module.named_children(), key=lambda c: isinstance(c[1], RepBlock)):
+        yield from entries(child, source, renames, joined(path, name))
+
+
+@torch.no_grad()
+def written(module: nn.Module, table: Mapping[str, Entry]) -> State:
+    """The tensors of a module under their official names."""
+    own = module.state_dict()
+    return {key: e.write(*(own[name] for name in e.ours)).detach() for key, e in table.items()}
+
+
+def fill(module: nn.Module, table: Mapping[str, Entry], state: State) -> nn.Module:
+    """Load an official state into a module.
+
+    Raises: ValueError that lists what is missing, unexpected or of another shape.
+    """
+    expected = written(module, table)
+    optional = {key for key, e in table.items() if not e.ours or key.endswith(OPTIONAL)}
+    wrong = {
+        "missing": [key for key in expected if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in state and state[key].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
+        raise ValueError(f"the file does not fit this architecture; {lists}.")
+    own = module.state_dict()
+    for key, entry in table.items():
+        if key in state:
+            own |= zip(entry.ours, entry.read(state[key]), strict=True)
+    module.load_state_dict(own)
+    return module
+
+
+def read_state(source: str | Path | Mapping) -> State:
+    """The tensors of a checkpoint by name, whatever it is wrapped in.
+
+    Reads with weights_only; unwraps `model_state`, `state_dict` and `model`; strips `module.`.
+    Raises: ValueError for a file that is damaged or holds something else.
+    """
+    state = source
+    if not isinstance(source, Mapping):
+        try:
+            state = torch.load(Path(source), map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{source} cannot be read as a checkpoint: {reason}") from error
+    for wrapper in ("model_state", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"a checkpoint must be a dictionary of tensors, not {type(state)}.")
+    other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"a checkpoint must hold tensors only; these are none: {other}.")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def named(kind: str, name: str, known: Mapping):
+    """known[name], or a ValueError that lists what there is."""
+    if name not in known:
+        raise ValueError(f"{kind} (={name!r}) must be one of {', '.join(known)}.")
+    return known[name]
+
+
+def block_table(module: nn.Module, source: str) -> dict[str, Entry]:
+    """Official key -> Entry for what `load_block` returns."""
+    layout = named("source", source, SOURCES)
+    return dict(entries(module, layout, layout.around))
+
+
+def load_block(source: str, kwargs: Mapping, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """One block of a released code, from its arguments and its state: a RepBlock.
+
+    With squeeze-excite it is nn.Sequential(block, se), or (block, relu, post_se); otherwise the
+    activation is left out.
+    Raises: ValueError for a source that is not known, or a state that does not fit.
+    """
+    layout, state = named("source", source, SOURCES), read_state(state_dict)
+    options = dict(kwargs)
+    excite = [SQUEEZE_EXCITE[name] for name in SQUEEZE_EXCITE if options.pop(name, False)]
+    module = BLOCKS[layout.family](**options | layout.options(kwargs, state))
+    for name, reduction in excite:
+        channels = module.out_channels
+        around = {"relu": nn.ReLU()} if name == "post_se" else {}
+        around[name] = SqueezeExcite(channels, channels // reduction)
+        module = nn.Sequential(OrderedDict(block=module, **around))
+    return fill(module, block_table(module, source), state)
+
+
+def export_block(module: nn.Module, source: str) -> State:
+    """The state of what `load_block` returned, as the released code names it."""
+    return written(module, block_table(module, source))
+
+
+def load_model(path_or_state: str | Path | Mapping, arch: str) -> nn.Module:
+    """A released network; the number of classes is read from the file.
+
+    Raises: ValueError for an architecture that is not known, or a file that does not fit it.
+    """
+    layout, state = named("arch", arch, ARCHITECTURES), read_state(path_or_state)
+    if layout.classifier not in state:
+        raise ValueError(f"the file does not fit this architecture; missing: {layout.classifier}.")
+    model = layout.build(classes=len(state[layout.classifier]))
+    return fill(model, dict(entries(model, SOURCES[layout.source], layout.renames)), state)
+
+
+def export(model: nn.Module, arch: str, epoch: int = 0) -> dict:
+    """{"epoch", "model_state"}: what the official script loads, in its names and order.
+
+    Merged convolutions are filled from the current merge; lambda is not part of the layout.
+    Raises: ValueError for an architecture that is not known.
+    """
+    layout = named("arch", arch, ARCHITECTURES)
+    table = dict(entries(model, SOURCES[layout.source], layout.renames))
+    return {"epoch": epoch, "model_state": written(model, table)}

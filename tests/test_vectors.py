@@ -1,0 +1,269 @@
+"""Our blocks against numbers that the official implementations computed.
+
+The files are data, not part of this repository: they are looked for in ../shared beside it, or in
+$REPLIB_SHARED. An official output may contain the activation that our blocks leave out.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from replib import official
+
+SHARED = Path(os.environ.get("REPLIB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+VECTORS, FIXTURES = SHARED / "vectors", SHARED / "spec" / "fixtures"
+pytestmark = pytest.mark.skipif(not VECTORS.is_dir(), reason=f"no official numbers in {SHARED}")
+
+# Float32 sums of some hundred terms in another order: 2e-6 of the largest number (or of 1).
+# Gradients pass two norms; weights under a norm have gradients that nearly cancel, so a
+# gradient is measured against the largest one in its block.
+OUTPUT, GRADIENT = 2e-6, 1e-4
+VECTOR_SOURCES = {"repvgg": "repvgg", "cycle-repvgg": "repan_repvgg"}
+FIXTURE_SOURCES = {
+    "repvgg": "repvgg",
+    "repan_repvgg_cifar": "repan_repvgg",
+    "repan_repvgg_img": "repan_repvgg",
+}
+WITH_RELU = {"repvgg", "repan_repvgg"}
+NORM_AT_RESTORE = {"repan_repvgg_img": "unit"}  # elsewhere the default of the family
+
+
+def source_of(name: str, sources: dict[str, str]) -> str | None:
+    """The longest known prefix of a file's or an entry's name."""
+    known = [p for p in sources if name == p or name.startswith((p + "-", p + "_"))]
+    return sources[max(known, key=len)] if known else None
+
+
+def vectors(cycles: bool):
+    for path in sorted(VECTORS.glob("*.npz")):
+        source = source_of(path.stem, VECTOR_SOURCES)
+        if source and path.stem.startswith("cycle-") == cycles:
+            yield pytest.param(path.stem, source, id=path.stem)
+
+
+def fixtures(cycles: bool):
+    for path in sorted(FIXTURES.glob("*.pt")):
+        for name, entry in torch.load(path, weights_only=True).items():
+            source = source_of(name, FIXTURE_SOURCES)
+            wanted = "state_after_cycle_step" if cycles else "y_train"
+            if source and wanted in entry and ("config" in entry) != cycles:
+                yield pytest.param(f"{path.stem}.pt/{name}", source, id=name)
+
+
+def under(values: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def read(name: str) -> dict:
+    """A case from either kind of file, with the names of the fixtures."""
+    if ".pt/" in name:
+        file, entry = name.split("/")
+        return torch.load(FIXTURES / file, weights_only=True)[entry]
+    with np.load(VECTORS / f"{name}.npz") as file:
+        info = json.loads(str(file["info"]))
+        values = {k: torch.from_numpy(file[k]) for k in file.files if k != "info"}
+    case = {
+        "config": info.get("args"),
+        "state_before": under(values, "state/"),
+        "probe": values.get("grad_output"),
+        "grads": under(values, "grad/"),
+        "buffers_after": under(values, "state_after/"),
+        "kernel": values.get("merged/weight"),
+        "bias": values.get("merged/bias"),
+        "state_after_cycle_step": under(values, "restored/"),
+        "outputs": {float(k): v for k, v in under(values, "y_restored/attach_").items()},
+        "y_eval_before_lambda1": values.get("y_eval"),
+        **values,
+    }
+    case["grad_x"] = case["grads"].pop("input", None)
+    return case
+
+
+def load(case: dict, source: str):
+    return official.load_block(source, case.get("config") or inferred(case), case["state_before"])
+
+
+def inferred(case: dict) -> dict:
+    """The arguments of a block whose case does not say them."""
+    main = next(v for k, v in case["state_before"].items() if v.dim() == 4 and v.shape[-1] > 1)
+    x, y = case["x"], case["y_train"]
+    return {
+        "in_channels": x.shape[1],
+        "out_channels": y.shape[1],
+        "kernel_size": main.shape[-1],
+        "stride": round(x.shape[-1] / y.shape[-1]),
+        "groups": x.shape[1] // main.shape[1],
+    }
+
+
+def agree(ours, theirs, bound, scale=1.0, what=""):
+    error = (ours - theirs).abs().max().item() / max(scale, theirs.abs().max().item())
+    assert error <= bound, f"{what}: {error:.1e}"
+
+
+def output(module, source, x):
+    y = module(x)
+    return y.relu() if source in WITH_RELU and not hasattr(module, "post_se") else y
+
+
+def test_every_file_has_a_source():
+    assert len(list(vectors(False))) + len(list(fixtures(False))) > 5
+
+
+BLOCK_CASES = [*vectors(False), *fixtures(False)]
+CYCLE_CASES = [*vectors(True), *fixtures(True)]
+
+
+@pytest.mark.parametrize("name, source", BLOCK_CASES)
+def test_a_block_computes_what_the_official_one_computes(name, source):
+    case = read(name)
+    module = load(case, source)
+    block = getattr(module, "block", module)
+    with torch.no_grad():
+        agree(output(module.eval(), source, case["x"]), case["y_eval"], OUTPUT, what="eval")
+    merged = block.merged()
+    agree(merged.weight, case["kernel"], OUTPUT, what="merged weight")
+    agree(merged.bias, case["bias"], OUTPUT, what="merged bias")
+
+
+@pytest.mark.parametrize("name, source", BLOCK_CASES)
+def test_a_block_learns_what_the_official_one_learns(name, source):
+    case = read(name)
+    module = load(case, source)
+    check_one_step(module, source, case)
+    if "y_eval_after" in case:
+        with torch.no_grad():
+            y = output(module.eval(), source, case["x"])
+        agree(y, case["y_eval_after"], OUTPUT, what="eval after the step")
+
+
+def check_one_step(module, source, case):
+    """Output, gradients and running statistics of one pass in train mode."""
+    x = case["x"].clone().requires_grad_()
+    y = output(module.train(), source, x)
+    agree(y.detach(), case["y_train"], OUTPUT, what="train")
+    (y * case["probe"]).sum().backward()
+    agree(x.grad, case["grad_x"], GRADIENT, what="gradient of the input")
+    table = official.block_table(module, source)
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in case["grads"].values())
+    for key, theirs in case["grads"].items():
+        ours = table[key].write(*(gradients[name] for name in table[key].ours))
+        agree(ours, theirs, GRADIENT, scale=largest, what=f"gradient of {key}")
+    state = official.export_block(module, source)
+    for key, theirs in case["buffers_after"].items():
+        agree(state[key].double(), theirs.double(), OUTPUT, what=key)
+
+
+@pytest.mark.parametrize("name, source", [*BLOCK_CASES, *CYCLE_CASES])
+def test_a_block_comes_out_as_it_came_in(name, source):
+    case = read(name)
+    module = load(case, source)
+    state = official.export_block(module, source)
+    assert list(state) == list(case["state_before"])  # the official order too
+    table = official.block_table(module, source)
+    for key, tensor in case["state_before"].items():
+        if table[key].ours:  # the others follow from these
+            assert torch.equal(state[key], tensor), key
+
+
+@pytest.mark.parametrize("name, source", CYCLE_CASES)
+def test_a_turn_of_the_cycle(name, source):
+    """Merge at rate 1, the file's redrawn side branches, official restoration, any rate."""
+    case = read(name)
+    block = load(case, source).eval()
+    with torch.no_grad():
+        before = output(block, source, case["x"])
+    agree(before, case["y_eval_before_lambda1"], OUTPUT, what="before")
+    block.set_rate(0.3)  # the official merge does not look at it
+    merged = block.merged(rate=1.0)
+    if case.get("kernel") is not None:
+        agree(merged.weight, case["kernel"], OUTPUT, what="merged weight")
+        agree(merged.bias, case["bias"], OUTPUT, what="merged bias")
+
+    after = case["state_after_cycle_step"]
+    table = official.block_table(block, source)
+    sides = [k for k, e in table.items() if any(f".{block.main}." not in o for o in e.ours)]
+    mixed = official.export_block(block, source) | {key: after[key] for key in sides}
+    official.fill(block, table, mixed)
+    entry = name.split("/")[-1]
+    block.restore(merged, "official", norm=NORM_AT_RESTORE.get(entry))
+    restored = official.export_block(block, source)
+    for key in set(table) - set(sides):
+        if table[key].ours:
+            agree(restored[key].double(), after[key].double(), OUTPUT, what=key)
+
+    outputs = case.get("outputs") or {
+        float(key): value for key, value in under(case, "y_eval_after_lambda_").items()
+    }
+    assert len(outputs) == 3
+    for rate, theirs in outputs.items():
+        block.set_rate(rate)
+        with torch.no_grad():
+            agree(output(block, source, case["x"]), theirs, OUTPUT, what=f"output at rate {rate}")
+    if "y_train" in case:
+        official.fill(block, table, after)
+        block.set_rate(case["lambda"])
+        check_one_step(block, source, case)
+
+
+def digest(state: dict) -> str:
+    lines = sorted(f"{key} {','.join(map(str, value.shape))}" for key, value in state.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("arch", sorted(official.ARCHITECTURES))
+def test_an_export_has_the_official_names_and_shapes(arch):
+    known = json.loads((FIXTURES / "model_key_digests.json").read_text())
+    name = arch.removeprefix("repan_repvgg_").upper()
+    for classes in (10, 100):
+        model = official.ARCHITECTURES[arch].build(classes=classes)
+        state = official.export(model, arch)["model_state"]
+        assert digest(state) == known[f"repan/cifar_repvgg_{name}_{classes}"]["sha256"]
+
+
+def test_a_released_network(tmp_path):
+    """As a file, wrapped and renamed as published; out again to the bit, in the same order."""
+    case = read("model-repan-repvgg-a0-cifar10")
+    state = case["state_before"]
+    stripped = {f"module.{k}": v for k, v in state.items() if "num_batches" not in k}
+    path = tmp_path / "cycle_0.pyth"
+    torch.save({"epoch": 3, "model_state": stripped}, path)
+    model = official.load_model(path, "repan_repvgg_a0").eval()
+    with torch.no_grad():
+        agree(model(case["x"]), case["y_eval"], OUTPUT)
+
+    out = official.export(official.load_model(state, "repan_repvgg_a0"), "repan_repvgg_a0")
+    assert list(out) == ["epoch", "model_state"]
+    assert list(out["model_state"]) == list(state)
+    assert len(state) == 395
+    for key, tensor in state.items():
+        if "rep_conv" not in key:  # stale in the file, current in the export
+            assert torch.equal(out["model_state"][key], tensor), key
+    merged = model.stages[1][1].block.merged()
+    assert torch.equal(out["model_state"]["stages.1.sequential.1.rep_conv.weight"], merged.weight)
+
+
+def test_a_wrong_file_is_told_in_one_message(tmp_path):
+    state = dict(read("model-repan-repvgg-a0-cifar10")["state_before"])
+    state["surprise"] = state.pop("stages.0.sequential.0.conv_3.weight")
+    state["fc.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError) as error:
+        official.load_model({"state_dict": state}, "repan_repvgg_a0")
+    for part in (
+        "missing: stages.0.sequential.0.conv_3.weight",
+        "unexpected: surprise",
+        "fc.bias (3,) instead of (10,)",
+    ):
+        assert part in str(error.value)
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"damaged\.pth cannot be read"):
+        official.load_model(damaged, "repan_repvgg_a0")
+    with pytest.raises(ValueError, match="must be one of repan_repvgg_a0"):
+        official.load_model(state, "resnet")
