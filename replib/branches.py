@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import torch
@@ -35,8 +36,8 @@ BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MIN_SLOPE = 1e-3  # a smaller slope is replaced before it divides (RepAn's code gives NaN at 0)
 RULES = {
-    "repan": "weights uniform in +-0.1/sqrt(O), offsets 0, norms slope 1 and shift 0, statistics kept",
-    "fan_out": "weights normal with variance 2/(kernel size O), norms reset, last slope 0.01 (DyRep)",
+    "repan": "weights uniform in +-0.1/sqrt(O), offsets 0; norms slope 1, shift 0, statistics kept",
+    "fan_out": "weights normal of variance 2/(kernel size O); norms reset, last slope 0.01 (DyRep)",
     "default": "as constructed: the initialisation of PyTorch or of the family, norms reset",
 }
 NORM_AT_RESTORE = {
@@ -93,9 +94,7 @@ class Piece(nn.Module):
         """Become `kernel`, as far as this piece is invertible."""
         raise TypeError(f"{type(self).__name__} cannot take a kernel: it has no free weights.")
 
-    def undo(
-        self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool
-    ) -> Kernel:
+    def undo(self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool) -> Kernel:
         """The kernel that must come before this piece, so that both together are `kernel`."""
         raise TypeError(f"{type(self).__name__} cannot be undone.")
 
@@ -130,8 +129,10 @@ def normal_(tensor: Tensor, std: float, generator: torch.Generator | None) -> No
 class Convolution(Piece):
     """A convolution; weight (O, I/groups, *size), optional bias (O,).
 
-    offset: the weight is stored as the difference from the identity and starts at 0 (DBB's
-    identity-initialised 1x1, OREPA's `idconv1`); the convolution uses weight + identity.
+    gain: the default initialisation is uniform in +-gain / sqrt(fan-in), PyTorch's with 1.
+    identity: the weight starts as the identity (OREPA's pointwise pairs).
+    offset: the same, and the stored weight is the difference from the identity, hence 0 (DBB's
+    and OREPA's `idconv1`); weight decay then pulls towards the identity.
     Raises: ValueError if groups do not divide the channels.
     """
 
@@ -144,13 +145,15 @@ class Convolution(Piece):
         dilation: Sizes | None = None,
         groups: int = 1,
         bias: bool = False,
+        gain: float = 1.0,
+        identity: bool = False,
         offset: bool = False,
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.dilation = tuple(dilation or (1,) * len(size))
         self.extent = tuple(d * (k - 1) + 1 for k, d in zip(size, self.dilation, strict=True))
-        self.offset = offset
+        self.gain, self.offset, self.starts_as_identity = gain, offset, identity or offset
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.redraw("default")
@@ -206,15 +209,15 @@ class Convolution(Piece):
     @torch.no_grad()
     def redraw(self, rule: str, generator: torch.Generator | None = None, last: bool = False):
         fan_in = math.prod(self.weight.shape[1:])
-        if self.offset:
-            self.weight.zero_()
+        if self.starts_as_identity:
+            self.weight.copy_(0 * self.weight if self.offset else self.identity_weight())
         elif rule == "repan":
             uniform_(self.weight, 0.1 / math.sqrt(self.out_channels), generator)
         elif rule == "fan_out":
             fan_out = self.out_channels * math.prod(self.weight.shape[2:])
             normal_(self.weight, math.sqrt(2 / fan_out), generator)
         else:
-            uniform_(self.weight, 1 / math.sqrt(fan_in), generator)
+            uniform_(self.weight, self.gain / math.sqrt(fan_in), generator)
         if self.bias is not None:
             if rule == "default":
                 uniform_(self.bias, 1 / math.sqrt(fan_in), generator)
@@ -244,6 +247,8 @@ class Norm(PointwisePiece):
     It wraps the layer, so that converting it to SyncBatchNorm keeps the tree.
     """
 
+    carries_bias = True
+
     def __init__(self, channels: int, dims: int, *, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
         self.in_channels = self.out_channels = channels
@@ -271,9 +276,7 @@ class Norm(PointwisePiece):
         factor, shift = self.affine()
         return shift if value is None else factor * value + shift
 
-    def undo(
-        self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool
-    ) -> Kernel:
+    def undo(self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool) -> Kernel:
         """Divide by the norm (RepAn's inversion; Ding et al.'s fusion, backwards).
 
         `norm` is one of `NORM_AT_RESTORE`. The bias goes into beta, or, where the convolution
@@ -343,9 +346,7 @@ class Scale(PointwisePiece):
     def act(self, kernel: Kernel) -> Kernel:
         return kernels.scaled(kernel, self.weight.to(kernel.weight.dtype))
 
-    def undo(
-        self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool
-    ) -> Kernel:
+    def undo(self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool) -> Kernel:
         """Divide by the factor; one near 0 is first set back to its initial value."""
         dead = self.weight.abs() < MIN_SLOPE
         self.weight.masked_fill_(dead, self.initial or 1.0)
@@ -390,7 +391,9 @@ class AveragePool(Filter):
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         size = tuple(self.weight.shape[2:])
-        plain = max(self.dilation) == 1 and all(2 * p <= k for p, k in zip(padding, size))
+        plain = max(self.dilation) == 1 and all(
+            2 * p <= k for p, k in zip(padding, size, strict=True)
+        )
         if not plain or min(padding) < 0:
             return super().run(x, padding, stride)
         return AVERAGE_POOL[self.dims](x, size, stride, padding)
@@ -407,7 +410,7 @@ class Chain(nn.Sequential, Piece):
 
     def __init__(self, *pieces: Piece):
         super().__init__(*pieces)
-        for before, after in zip(pieces, pieces[1:], strict=False):
+        for before, after in pairwise(pieces):
             if before.out_channels != after.in_channels:
                 raise ValueError(
                     f"{type(before).__name__} gives {before.out_channels} channels, "
@@ -463,7 +466,7 @@ class Chain(nn.Sequential, Piece):
 
     @property
     def carries_bias(self) -> bool:
-        return self[0].carries_bias or any(piece.undoable for piece in self[1:])
+        return any(piece.carries_bias for piece in self)
 
     @property
     def invertible(self) -> bool:
@@ -532,7 +535,9 @@ class Sum(Piece):
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         if self.squeezed:
-            return kernels.convolve(x, self.kernel(x.dtype), padding, stride)
+            with torch.autocast(x.device.type, enabled=False):  # a kernel is made in full precision
+                kernel = self.kernel(next(self.parameters()).dtype)
+            return kernels.convolve(x, kernel, padding, stride)
 
         def out(branch: Piece) -> Tensor:
             axes = zip(padding, self.extent, branch.extent, strict=True)

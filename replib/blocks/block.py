@@ -9,6 +9,7 @@ that `Geometry` builds; merging, restoring, redrawing and deploying are inherite
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,7 +71,7 @@ class Geometry:
     def conv(self, size: int | Sizes | None = None, **changes) -> Convolution:
         """A convolution of the block's channels, groups and dilation; size: the block's kernel.
 
-        changes: in_channels, out_channels, groups, bias, offset.
+        changes: other arguments of `Convolution`.
         """
         size = self.kernel_size if size is None else per_axis("size", size, self.dims, 1)
         channels = {"in_channels": self.in_channels, "out_channels": self.out_channels}
@@ -86,6 +87,26 @@ class Geometry:
     def average_pool(self, channels: int | None = None) -> AveragePool:
         return AveragePool(channels or self.out_channels, self.kernel_size, self.dilation)
 
+    def identity(self) -> AveragePool:
+        """The input as it is: its average over one pixel."""
+        return AveragePool(self.in_channels, (1,) * self.dims)
+
+
+# What a block may be asked for beyond a plain 2-D convolution; `RepBlock.cannot` refuses some.
+FEATURES: dict[str, Callable[[Geometry], bool]] = {
+    "1-D": lambda g: g.dims == 1,
+    "3-D": lambda g: g.dims == 3,
+    "groups": lambda g: g.groups > 1 and not g.depthwise,
+    "depthwise": lambda g: g.groups > 1 and g.depthwise,
+    "stride": lambda g: max(g.stride) > 1,
+    "dilation": lambda g: max(g.dilation) > 1 and max(g.kernel_size) > 1,
+    "kernel of 1": lambda g: max(g.kernel_size) == 1,
+    "larger kernel": lambda g: max(g.kernel_size) > 1,
+    "even kernel": lambda g: any(k % 2 == 0 for k in g.kernel_size),
+    "rectangular kernel": lambda g: len(set(g.kernel_size)) > 1,
+}
+OFF_CENTRE = {"even kernel": "its smaller branches have no centre there; take an odd size"}
+
 
 class RepBlock(Sum):
     """A re-parameterizable convolution, without activation: affine in eval mode.
@@ -98,10 +119,12 @@ class RepBlock(Sum):
     does not have.
     """
 
+    version: ClassVar[int] = 1  # raise when the numbers of this family change
     main_name: ClassVar[str] = "main"  # the branch that takes the kernel
     post_normed: ClassVar[bool] = False  # one norm after the sum (OREPA, RepOptimizers)
     squeezable: ClassVar[bool] = False  # the kernel is made first, then convolved once (OREPA)
     norm_at_restore: ClassVar[str] = "unit"  # of NORM_AT_RESTORE
+    cannot: ClassVar[dict[str, str]] = {}  # of FEATURES: the reason, and the way out
     default_kernel_size: ClassVar[int] = 3
 
     def __init__(
@@ -148,6 +171,12 @@ class RepBlock(Sum):
             groups,
             dims,
         )
+        for feature, reason in self.cannot.items():
+            if FEATURES[feature](geometry):
+                raise ValueError(
+                    f"{family} has no {feature} (kernel_size={size}, groups={groups}, "
+                    f"dims={dims}): {reason}."
+                )
         branches = self.declare(geometry, **options)
         super().__init__(branches, self.main_name, squeezed=self.squeezable)
         want = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
@@ -229,13 +258,24 @@ class RepBlock(Sum):
         self.rate.fill_(value)
 
     def redraw(
-        self, rule: str = "repan", generator: torch.Generator | None = None, last: bool = True
+        self,
+        rule: str = "repan",
+        generator: torch.Generator | None = None,
+        last: bool | None = None,
     ) -> None:
-        """Draw the side branches anew by a rule of `replib.branches.RULES`; main stays."""
+        """Draw the side branches anew by a rule of `replib.branches.RULES`; main stays.
+
+        `last` is given by the branch of another block that this one is a part of: then all is
+        drawn.
+        """
         if rule not in RULES:
             raise ValueError(f"rule (={rule!r}) must be one of {', '.join(RULES)}.")
-        for branch in self.side_branches.values():
-            branch.redraw(rule, generator)
+        for branch in (self.side_branches if last is None else self.branches).values():
+            branch.redraw(rule, generator, last=True)
+
+    def put(self, kernel: Kernel, norm: str = "keep", stats: Statistics | None = None) -> None:
+        """As a part of another block: become `kernel` whatever the side branches are."""
+        self.restore(kernel, "preserving", norm, stats)
 
     @torch.no_grad()
     def restore(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replib.blocks.block import Geometry, RepBlock
+from replib.blocks.block import OFF_CENTRE, Geometry, RepBlock
 from replib.branches import Chain, Piece
 
 
@@ -15,6 +15,7 @@ class RepVGG(RepBlock):
 
     main_name = "dense"
     norm_at_restore = "keep"
+    cannot = OFF_CENTRE
 
     def declare(self, g: Geometry, identity: bool = True) -> dict[str, Piece]:
         branches = {"dense": Chain(g.conv(), g.norm()), "1x1": Chain(g.conv(1), g.norm())}

@@ -230,21 +230,25 @@ def reset_statistics(piece: nn.Module) -> None:
 
 @torch.no_grad()
 def measure_side_branches(block: RepBlock, x: Tensor) -> None:
-    """Set the running statistics of the side branches to those of the batch x."""
-    norms = [
-        module.norm
+    """Set the running statistics of the side branches to those of the batch x.
+
+    The variance is the biased one, which train mode normalises with: on x both modes then agree.
+    """
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        axes = (0, *range(2, inputs[0].dim()))
+        norm.reset_running_stats()
+        norm.running_mean.copy_(inputs[0].mean(axes))
+        norm.running_var.copy_(inputs[0].var(axes, correction=0))
+
+    hooks = [
+        module.norm.register_forward_pre_hook(measure)
         for branch in block.side_branches.values()
         for module in branch.modules()
         if isinstance(module, Norm)
     ]
-    held = [(norm.momentum, norm.training) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average: one batch counts in full
-        norm.train()
     try:
-        block(x)
+        block(x)  # in eval mode: each norm uses what was just measured
     finally:
-        for norm, (momentum, training) in zip(norms, held, strict=True):
-            norm.momentum = momentum
-            norm.train(training)
+        for hook in hooks:
+            hook.remove()

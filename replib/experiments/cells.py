@@ -1,0 +1,359 @@
+"""From a table to its cells, and from a cell to its evidence."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from replib.blocks import BLOCKS
+from replib.convert import fuse
+from replib.errors import UserError
+from replib.experiments.params import Cell, Table
+from replib.experiments.store import Store, home, sha256
+from replib.methods import cycle, distill
+from replib.models import build
+from replib.training import loop
+from replib.training.data import derive, load, split
+from replib.training.loop import Recipe, Task, fit
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell with its key and its parents' keys."""
+
+    key: str
+    cell: Cell  # `start` and `teacher` are keys, or "file:DIGEST"
+    start_path: str | None = None  # where `start` is a file
+    rows: tuple[str, ...] = ()  # the rows of the table that it serves
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """role -> key of the cells that must be trained first."""
+        roles = {"start": self.cell.start, "teacher": self.cell.teacher}
+        return {r: k for r, k in roles.items() if k is not None and not k.startswith("file:")}
+
+    @property
+    def epochs(self) -> int:
+        return self.cell.epochs * self.cell.phases
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a table: by key, parents before children, and by (row, seed)."""
+
+    cells: dict[str, Planned] = field(default_factory=dict)
+    by_row: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def missing(self, store: Store) -> list[Planned]:
+        """The cells still to train, parents first; a parent without weights is trained again."""
+        wanted: set[str] = set()
+        for planned in reversed(self.cells.values()):
+            needed = any(
+                planned.key in child.parents.values()
+                for child in self.cells.values()
+                if child.key in wanted
+            )
+            absent = store.read(planned.key) is None
+            if absent or (needed and not store.has_weights(planned.key)):
+                wanted.add(planned.key)
+        return [planned for planned in self.cells.values() if planned.key in wanted]
+
+
+def versions_of(cell: Cell) -> dict[str, int]:
+    """The hand-raised versions of everything whose numbers this cell depends on."""
+    versions = {"engine": loop.VERSION, f"block:{cell.block}": BLOCKS[cell.block].version}
+    if cell.cycle is not None:
+        versions["cycle"] = cycle.VERSION
+    if cell.distill is not None:
+        versions["distill"] = distill.VERSION
+    return versions
+
+
+def key_of(cell: Cell, data_digest: str) -> str:
+    """SHA-256 over the resolved parameters, the data's digest and the versions."""
+    parameters = cell.model_dump(exclude={"data_dir"})
+    return sha256(
+        {"parameters": parameters, "data": data_digest, "versions": versions_of(cell)}
+    )
+
+
+def plan(table: Table) -> Plan:
+    """Resolve a table into cells. Raises: UserError for data that cannot be read."""
+    out = Plan()
+    order: list[str] = []
+    for row in table.rows:
+        order += [r for r in (*table.ancestors(row), row) if r not in order]
+    for seed in table.seeds:
+        for row in order:
+            spec, values = table.rows[row], table.cell_of(row, seed)
+            start_path = None
+            if spec.start in table.rows:
+                values["start"] = out.by_row[spec.start, seed]
+            elif spec.start is not None:
+                start_path = spec.start
+                values["start"] = f"file:{file_digest(start_path)}"
+            if spec.teacher is not None:
+                values["teacher"] = out.by_row[spec.teacher, seed]
+            cell = Cell.model_validate(values)
+            data = load(cell.data, cell.data_dir, cell.image_size)
+            split_of(cell)  # finds impossible sizes before anything is trained
+            key = key_of(cell, data.digest)
+            known = out.cells.get(key)
+            rows = (*(known.rows if known else ()), row)
+            out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)))
+            out.by_row[row, seed] = key
+    return out
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a checkpoint file, as part of a key."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"start (={path!r}) is neither a row of this table nor a file that can be read "
+            f"({error.strerror})."
+        ) from None
+
+
+def split_of(cell: Cell):
+    """The training and held-out images of a cell."""
+    data = load(cell.data, cell.data_dir, cell.image_size)
+    return split(
+        data,
+        images=cell.train_images,
+        held_out=cell.held_out,
+        protocol=cell.protocol,
+        seed=cell.seed,
+    )
+
+
+def new_model(cell: Cell) -> nn.Module:
+    """The network of a cell as its seed initialises it."""
+    data = load(cell.data, cell.data_dir, cell.image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(cell.seed, "initialisation"))
+        return build(
+            cell.body, cell.block, classes=len(data.classes), in_channels=data.in_channels
+        )
+
+
+def trained_model(planned: Planned, store: Store) -> nn.Module:
+    """The network of a finished cell with its selected weights, in eval mode.
+
+    Raises: UserError where its weights are not on this machine.
+    """
+    weights, problem = store.load(planned.key, "weights")
+    if weights is None:
+        raise UserError(
+            f"the weights of cell {planned.key[:16]} are not here"
+            + (f" ({problem})" if problem else "")
+            + ": run the table again, it trains what is missing."
+        )
+    model = new_model(planned.cell)
+    model.load_state_dict(weights["model"])
+    return model.eval()
+
+
+def load_start(model: nn.Module, cell: Cell, path: str) -> None:
+    """Begin from a checkpoint file: RepAn's layout for its CIFAR bodies."""
+    from replib import official
+
+    arch = "repan_" + cell.body.removeprefix("cifar_")
+    try:
+        model.load_state_dict(official.load_model(path, arch).state_dict())
+    except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+        raise UserError(
+            f"start (={path!r}) is not a checkpoint of {cell.body}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def run_cell(
+    planned: Planned,
+    plan_cells: dict[str, Planned],
+    store: Store,
+    *,
+    device: str = "cpu",
+    deadline: float | None = None,
+    tick: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train one cell, or go on with it, and leave its evidence and weights in the store.
+
+    Raises: replib.training.loop.OutOfTime at the deadline, after a checkpoint.
+    """
+    cell, key = planned.cell, planned.key
+    started = time.monotonic()
+    data, splits = load(cell.data, cell.data_dir, cell.image_size), split_of(cell)
+    model = new_model(cell)
+    if planned.start_path is not None:
+        load_start(model, cell, planned.start_path)
+    elif cell.start is not None:
+        model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
+    teacher = None
+    if cell.teacher is not None:
+        teacher = fuse(trained_model(plan_cells[cell.teacher], store)).to(device)
+    method = cycle_of(cell, model)
+    task = Task(
+        model=model,
+        data=data,
+        train=splits.train,
+        validation=splits.validation,
+        recipe=recipe_of(cell),
+        groups=lambda: cycle.decay_groups(model, cell.weight_decay, cell.decay),
+        loss=loss_of(cell, teacher),
+        seed=cell.seed,
+        method=method,
+        device=device,
+    )
+    flops, teacher_flops = loop.training_flops(task)
+    resume, problem = store.load(key, "checkpoint")
+    if problem:
+        say(problem)
+    spent = resume["seconds"] if resume else 0.0
+
+    def keep(state: dict) -> None:
+        store.save(key, "checkpoint", state | {"seconds": spent + time.monotonic() - started})
+
+    progress = fit(task, resume=resume, checkpoint=keep, deadline=deadline, tick=tick)
+    model.load_state_dict(progress.best["weights"])
+    images = planned.epochs * len(splits.train)
+    selected = progress.history[progress.best["index"]]
+    result = {
+        "key": key,
+        "parameters": cell.model_dump(exclude={"data_dir"}),
+        "data": {"name": data.name, "digest": data.digest, "test_images": len(data.test_labels)},
+        "versions": versions_of(cell),
+        "images": {"train": len(splits.train), "held_out": len(splits.validation)},
+        "history": columns(progress.history),
+        "restarts": columns(progress.restarts),
+        "kept_blocks": method.kept if method is not None else {},
+        "final": {
+            "last": progress.history[-1]["test_accuracy"],
+            "validation_best": best_of(progress.history, "validation_accuracy"),
+            "test_best": best_of(progress.history, "test_accuracy"),
+            "selected_by": recipe_of(cell).select,
+            "selected_epoch": progress.best["index"],
+            "selected": selected["test_accuracy"],
+        },
+        "deployed": loop.deployed_report(model, data, device),
+        "compute": {
+            "epochs": planned.epochs,
+            "training_flops": flops * images,
+            "teacher_flops": teacher_flops * images,
+        },
+    }
+    store.save(key, "weights", {"model": progress.best["weights"]})
+    store.write(key, result, context(device, spent + time.monotonic() - started))
+
+
+def cycle_of(cell: Cell, model: nn.Module) -> cycle.Cycle | None:
+    """The cycle of a cell, or None for plain training."""
+    if cell.cycle is None:
+        return None
+    wanted = cell.cycle.model_dump(exclude={"reseed"})
+    made = cycle.Cycle(model, **wanted, seed=derive(cell.seed, "redraw"))
+    return made
+
+
+def recipe_of(cell: Cell) -> Recipe:
+    """What the training loop needs to know."""
+    names = Recipe.__dataclass_fields__.keys() & Cell.model_fields.keys()
+    return Recipe(
+        **{name: getattr(cell, name) for name in names},
+        select="test" if cell.protocol == "paper" else "validation",
+        reseed_each_phase=cell.cycle is not None and cell.cycle.reseed,
+    )
+
+
+def loss_of(cell: Cell, teacher: nn.Module | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(logits, labels, inputs) -> loss: cross-entropy, or distillation from the teacher."""
+    if teacher is None:
+        return lambda logits, labels, inputs: F.cross_entropy(logits, labels)
+
+    def distilled(logits: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = teacher(inputs)
+        return distill.distillation_loss(
+            logits,
+            taught,
+            labels,
+            alpha=cell.distill.alpha,
+            temperature=cell.distill.temperature,
+        )
+
+    return distilled
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """A list of records as one list per field."""
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+
+
+def best_of(history: list[dict], name: str) -> dict | None:
+    """Test accuracy at the epoch where `name` is highest (the last of equals for validation)."""
+    if history[0][name] is None:
+        return None
+    order = range(len(history)) if name == "test_accuracy" else reversed(range(len(history)))
+    index = max(order, key=lambda i: history[i][name])
+    return {"epoch": index, "test_accuracy": history[index]["test_accuracy"]}
+
+
+@functools.lru_cache
+def commit() -> str:
+    """The commit of this code, with "-dirty" where the tree differs from it."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        answer = subprocess.run(command, cwd=home(), capture_output=True, text=True, timeout=10)
+        return answer.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def context(device: str, seconds: float) -> dict:
+    """Where and how a cell was run; not part of the hashed result."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    on_gpu = device.startswith("cuda")
+    return {
+        "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "precision": "float32",
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "wall_seconds": round(seconds, 2),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+        "exit_state": "finished",
+    }

@@ -1,0 +1,172 @@
+"""Cells in parallel on this machine: worker processes of one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from queue import Empty
+
+import torch
+from tqdm import tqdm
+
+from replib.errors import UserError
+from replib.experiments.cells import Plan, Planned, run_cell
+from replib.experiments.store import Store
+from replib.training.loop import OutOfTime
+
+_ticks = None  # set in each worker by its initializer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of a table did."""
+
+    trained: int
+    present: int
+    out_of_time: int  # cells that were not finished; what they had is checkpointed
+
+
+def start_worker(ticks, threads: int) -> None:
+    """In a new worker: one thread, deterministic, and gone as soon as its parent is."""
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def work(
+    planned: Planned, cells: dict[str, Planned], store: Store, device: str, deadline: float | None
+) -> bool:
+    """In a worker: one cell. True when it was finished, False when time ran out."""
+    try:
+        run_cell(
+            planned,
+            cells,
+            store,
+            device=device,
+            deadline=deadline,
+            tick=lambda: _ticks.put(1),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        return True
+    except OutOfTime:
+        return False
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    budget_seconds: float | None = None,
+    title: str = "",
+) -> Outcome:
+    """Train the missing cells, parents before children, with progress and time left.
+
+    It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
+    Raises: UserError where results cannot be written, or a worker died.
+    """
+    device = device or default_device()
+    missing = plan.missing(store)
+    present = len(plan.cells) - len(missing)
+    if not missing:
+        return Outcome(0, present, 0)
+    try:
+        store.runs.mkdir(parents=True, exist_ok=True)
+        probe = store.runs / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
+            "permissions."
+        ) from None
+    workers = min(workers or os.cpu_count() or 1, len(missing))
+    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+    spawn = multiprocessing.get_context("spawn")
+    waiting = {planned.key: planned for planned in missing}
+    running: dict[Future, Planned] = {}
+    trained = stopped = 0
+    manager = spawn.Manager()
+    ticks = manager.Queue()
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, (ticks, 1))
+    bar = tqdm(
+        total=sum(planned.epochs for planned in missing),
+        desc=f"{title} {len(missing)} cells".strip(),
+        unit="epoch",
+        file=sys.stdout,
+        mininterval=2,
+        dynamic_ncols=False,
+        ncols=88,
+    )
+    try:
+        while waiting or running:
+            late = deadline is not None and time.monotonic() > deadline
+            for key, planned in list(waiting.items()):
+                # Submitted only when a worker is free, so that a budget can stop the rest.
+                blocked = any(
+                    parent in waiting or parent in {p.key for p in running.values()}
+                    for parent in planned.parents.values()
+                )
+                if late or blocked or len(running) >= workers:
+                    continue
+                family = {k: plan.cells[k] for k in (key, *planned.parents.values())}
+                running[pool.submit(work, planned, family, store, device, deadline)] = planned
+                del waiting[key]
+            if not running:
+                break
+            done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
+            drain(ticks, bar)
+            for future in done:
+                finished = future.result()
+                running.pop(future)
+                trained += finished
+                stopped += not finished
+        drain(ticks, bar)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died (out of memory?): finished cells are kept; run the same "
+            "command again, perhaps with --workers 1."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{getattr(error, 'filename', None) or store.runs} cannot be written "
+            f"({error.strerror or error}): make room, or change its permissions; finished cells "
+            "are kept."
+        ) from None
+    finally:
+        bar.close()
+        for process in list((pool._processes or {}).values()):
+            process.terminate()  # nothing is lost: see the docstring
+        pool.shutdown(wait=True, cancel_futures=True)
+        manager.shutdown()
+    return Outcome(trained, present, stopped + len(waiting))
+
+
+def drain(ticks, bar: tqdm) -> None:
+    """Show the epochs that workers have finished."""
+    while True:
+        try:
+            bar.update(ticks.get_nowait())
+        except Empty:
+            return

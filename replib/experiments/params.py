@@ -1,0 +1,333 @@
+"""Parameters: what a cell (one training run) is, and what a table of cells is.
+
+A table is a YAML file: recipes are named groups of cell parameters, a row names the recipes it
+uses and the rows it starts from, and `seeds` makes every row into one cell per seed. A profile may
+`extends: OTHER.yaml` and state only what differs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from replib.blocks import BLOCKS
+from replib.errors import UserError
+from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
+from replib.models import BODIES
+from replib.training.data import DATA
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=100)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
+Restructure, Freeze = Literal[tuple(RESTRUCTURE)], Literal[tuple(FREEZE)]
+RateSchedule = Literal[tuple(RATE_SCHEDULES)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversion, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class CycleParams(Strict):
+    """RepAn's cycle (replib.methods.cycle.Cycle)."""
+
+    warmup: Positive  # epochs of the lambda ramp and of the freezing, W
+    fidelity: Literal["official", "preserving"] = "official"
+    restructure: Restructure = "cycle"
+    rate_schedule: RateSchedule | None = None  # None: the fidelity's own
+    freeze: Freeze = "none"
+    norm: Literal["keep", "unit", "reset", "match"] | None = None
+    reseed: bool = False  # every cycle repeats the same order and the same redraw, as released
+
+
+class DistillParams(Strict):
+    """RepAn's distillation loss (replib.methods.distill)."""
+
+    alpha: Fraction  # weight of the teacher
+    temperature: Annotated[float, Field(gt=0, le=1000)]
+
+
+class Cell(Strict):
+    """One training run. Everything that its result depends on, besides the data themselves."""
+
+    data: Data
+    data_dir: str | None = None  # where the data lie: not part of the key, their digest is
+    image_size: Positive | None = None
+    train_images: Positive | None = None  # drawn anew for every seed; None: all
+    held_out: Count = 0  # of these, images that select the checkpoint (clean protocol)
+    protocol: Literal["clean", "paper"] = "clean"
+    seed: Count
+    body: Body
+    block: Block = "repvgg"
+    phases: Positive = 1
+    epochs: Positive  # of one phase
+    batch_size: Positive = 128
+    learning_rate: Rate  # cosine to 0, stepped per epoch, anew in every phase
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: Rate = 0.0
+    decay: Literal["all", "weights"] = "all"
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip: Literal["all", "decayed"] = "all"
+    crop_padding: Count = 0
+    flip: bool = False
+    next_start: Literal["best", "last"] = "best"
+    cycle: CycleParams | None = None
+    distill: DistillParams | None = None
+    start: str | None = None  # key of a parent cell, or path of a checkpoint
+    teacher: str | None = None  # key of a parent cell
+
+    @model_validator(mode="after")
+    def consistent(self):
+        """Rules between keys."""
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov (=true) needs momentum above 0")
+        if (self.distill is None) != (self.teacher is None):
+            raise ValueError("distill and teacher must be given together")
+        if self.cycle is not None and self.cycle.freeze != "none":
+            if self.cycle.warmup >= self.epochs:
+                raise ValueError(
+                    f"cycle.warmup (={self.cycle.warmup}) with freeze={self.cycle.freeze} must be "
+                    f"below epochs (={self.epochs}): the main branch would never train"
+                )
+        return self
+
+
+class Row(Strict):
+    """One row of a table: the recipes it uses, and its parents, by the names of rows."""
+
+    label: str
+    use: list[str] = []
+    set: dict[str, Any] = {}  # cell parameters of this row alone
+    start: str | None = None  # a row, or the path of a checkpoint
+    teacher: str | None = None
+    against: str | None = None  # the row that its gain is taken over
+    as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
+    published_gain: float | None = None  # the paper's gain in points, established ones only
+    hidden: bool = False  # trained for others (a teacher, a parent), not a row on the page
+
+
+class Claim(Strict):
+    """What was claimed, where, and how sure we are that it was."""
+
+    text: str
+    source: str
+    confidence: Literal["read", "recalled", "unknown"]
+
+
+class Table(Strict):
+    """One table of one profile."""
+
+    title: str
+    question: str
+    claims: list[Claim] = []
+    notes: list[str] = []
+    proxy: str | None = None  # why no result of this profile says anything about the paper's
+    control: str  # the row that gains are taken over by default
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    cell: dict[str, Any]
+    recipes: dict[str, dict[str, Any]] = {}
+    rows: Annotated[dict[str, Row], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def names_exist(self):
+        """Every row and recipe that is named is there."""
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds (={self.seeds}) must differ from each other")
+        for name, row in self.rows.items():
+            if not name.isidentifier():
+                raise ValueError(f"rows.{name}: the name of a row must be a plain identifier")
+            for recipe in row.use:
+                if recipe not in self.recipes:
+                    raise ValueError(
+                        f"rows.{name}.use: no recipe {recipe!r}; there are "
+                        f"{', '.join(self.recipes)}"
+                    )
+            for key in ("teacher", "against", "as_long_as"):
+                if getattr(row, key) is not None and getattr(row, key) not in self.rows:
+                    raise ValueError(
+                        f"rows.{name}.{key}: no row {getattr(row, key)!r}; there are "
+                        f"{', '.join(self.rows)}"
+                    )
+        if self.control not in self.rows:
+            raise ValueError(f"control: no row {self.control!r}; there are {', '.join(self.rows)}")
+        for name in self.rows:
+            self.ancestors(name)
+        return self
+
+    def ancestors(self, name: str) -> list[str]:
+        """The rows that a row needs first, nearest last; refuses a circle."""
+        order: list[str] = []
+
+        def visit(row: str, path: tuple[str, ...]) -> None:
+            if row in path:
+                raise ValueError(f"rows: {' -> '.join((*path, row))} is a circle")
+            spec = self.rows[row]
+            for parent in (spec.start, spec.teacher, spec.as_long_as):
+                if parent in self.rows:
+                    visit(parent, (*path, row))
+            if row != name and row not in order:
+                order.append(row)
+
+        visit(name, ())
+        return order
+
+    def cell_of(self, row: str, seed: int) -> dict[str, Any]:
+        """The merged parameters of a row, without parents: cell, then recipes, then `set`."""
+        values = dict(self.cell)
+        for recipe in self.rows[row].use:
+            values = merged(values, self.recipes[recipe])
+        values = merged(values, self.rows[row].set) | {"seed": seed}
+        if (longer := self.rows[row].as_long_as) is not None:
+            values["epochs"], values["phases"] = self.total_epochs(longer), 1
+        return values
+
+    def total_epochs(self, row: str) -> int:
+        """Epochs of a row and of the rows it starts from."""
+        values = self.cell_of(row, self.seeds[0])
+        own = values.get("phases", 1) * values.get("epochs", 0)
+        start = self.rows[row].start
+        return own + (self.total_epochs(start) if start in self.rows else 0)
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """`changes` over `base`, mapping by mapping; null removes nothing, it sets null."""
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+# -- YAML, read as data only ---------------------------------------------------------------------
+class Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} stands twice (line {line})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith("float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML as plain data. Raises: UserError in one line."""
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: builds no objects
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{where}: not readable as YAML: {problem}{line}.") from None
+
+
+def read_profile(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """A profile as a mapping, with what it extends underneath."""
+    if path in seen:
+        raise UserError(f"{path}: extends itself.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of keys to values.")
+    if not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: every key must be text.")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or Path(base).name != base:
+        raise UserError(f"{path}: extends (={base!r}) must be a file name in the same folder.")
+    return merged(read_profile(path.with_name(base), (*seen, path)), values)
+
+
+def apply_settings(values: dict, settings: list[str]) -> dict:
+    """`--set key=value` over a profile; key may be dotted, the value is read as YAML."""
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        where = f"--set {setting}"
+        parts = key.strip().split(".")
+        if not sign or not all(part.isidentifier() for part in parts):
+            raise UserError(f"{where}: expected key=value, the key in plain names and dots.")
+        change: Any = parse_yaml(text, where)
+        for part in reversed(parts):
+            change = {part: change}
+        values = merged(values, change)
+    return values
+
+
+def in_one_line(error: ValidationError, where: str) -> UserError:
+    """A pydantic error as our one line: file, key, value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "parameters"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "no such key"
+        model: Any = {"cell": Cell}.get(error.title.lower(), Table)
+        parent = ".".join(key.split(".")[:-1])
+        for name, kind in (("cycle", CycleParams), ("distill", DistillParams)):
+            if parent.endswith(name):
+                model = kind
+        if parent.startswith("rows"):
+            model = Row
+        message += f"; the keys here are {', '.join(model.model_fields)}"
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | BaseModel) else f" (={value!r})"
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return UserError(f"{where}: {key}{shown}: {message}{more}.")
+
+
+def load_table(path: Path, settings: list[str] = ()) -> Table:
+    """Read, change and check one profile; every cell of it is checked too.
+
+    Raises: UserError in one line that names the file, the key, its value and what is allowed.
+    """
+    values = apply_settings(read_profile(path), list(settings))
+    where = f"{path}" + (f" with --set {' '.join(settings)}" if settings else "")
+    try:
+        table = Table.model_validate(values)
+    except ValidationError as error:
+        raise in_one_line(error, where) from None
+    for row in table.rows:
+        check_row(table, row, where)
+    return table
+
+
+def check_row(table: Table, row: str, where: str) -> None:
+    """Build the cell of a row once, with placeholder parents, to find mistakes early."""
+    spec = table.rows[row]
+    parents = {"start": spec.start, "teacher": spec.teacher}
+    try:
+        cell = Cell.model_validate(table.cell_of(row, table.seeds[0]) | parents)
+    except ValidationError as error:
+        raise in_one_line(error, f"{where}, row {row}") from None
+    drawn = cell.train_images
+    if cell.protocol == "clean" and not 0 < cell.held_out < (drawn or math.inf):
+        raise UserError(
+            f"{where}, row {row}: held_out (={cell.held_out}) must be between 1 and train_images "
+            f"(={drawn}) - 1: the clean protocol selects on images held out of the training set."
+        )

@@ -1,0 +1,58 @@
+"""Checkpoints that are whole or refused: a digest in front, written beside and then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import torch
+
+MAGIC = b"replib-checkpoint-1\n"
+
+
+class BadCheckpoint(ValueError):
+    """The file is truncated, damaged, or belongs to something else."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path: Path, key: str, state: dict) -> None:
+    """Store tensors, numbers, strings, lists and dicts under the key of their cell."""
+    buffer = io.BytesIO()
+    torch.save({"key": key, "state": state}, buffer)
+    payload = buffer.getvalue()
+    write_bytes(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def load(path: Path, key: str) -> dict | None:
+    """What `save` stored under `key`; None where there is no file.
+
+    Raises: BadCheckpoint, in one line, for a file that is cut short, damaged or of another cell.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    head, payload = len(MAGIC) + 32, content[len(MAGIC) + 32 :]
+    if not content.startswith(MAGIC) or len(content) < head:
+        raise BadCheckpoint(f"{path} is not a checkpoint of replib")
+    if hashlib.sha256(payload).digest() != content[len(MAGIC) : head]:
+        raise BadCheckpoint(f"{path} is truncated or damaged")
+    stored = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    if stored["key"] != key:
+        raise BadCheckpoint(f"{path} belongs to cell {stored['key'][:12]}, not to {key[:12]}")
+    return stored["state"]
