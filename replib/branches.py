@@ -162,14 +162,15 @@ class Convolution(Piece):
     def carries_bias(self) -> bool:
         return self.bias is not None
 
-    def effective_weight(self) -> Tensor:
+    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that is convolved with: the stored one, plus the identity for an offset."""
-        return self.weight + self.identity_weight() if self.offset else self.weight
+        weight = self.weight.to(dtype)
+        return weight + self.identity_weight(weight.dtype) if self.offset else weight
 
-    def identity_weight(self) -> Tensor:
+    def identity_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The identity as a weight of this shape: input i of a group goes to channel i."""
         kernel = kernels.identity(
-            self.in_channels, self.dims, dtype=self.weight.dtype, device=self.weight.device
+            self.in_channels, self.dims, dtype=dtype, device=self.weight.device
         )
         kernel = kernels.regrouped(kernel, self.groups)
         repeats = self.out_channels // self.in_channels  # more outputs than inputs: in turn
@@ -188,7 +189,7 @@ class Convolution(Piece):
         )
 
     def kernel(self, dtype: torch.dtype = torch.float64) -> Kernel:
-        weight = self.effective_weight().to(dtype)
+        weight = self.effective_weight(dtype)
         bias = weight.new_zeros(self.out_channels) if self.bias is None else self.bias.to(dtype)
         return Kernel(weight, bias, self.groups, self.dilation)
 
@@ -209,8 +210,10 @@ class Convolution(Piece):
     @torch.no_grad()
     def redraw(self, rule: str, generator: torch.Generator | None = None, last: bool = False):
         fan_in = math.prod(self.weight.shape[1:])
-        if self.starts_as_identity:
-            self.weight.copy_(0 * self.weight if self.offset else self.identity_weight())
+        if self.offset:
+            self.weight.zero_()
+        elif self.starts_as_identity:
+            self.weight.copy_(self.identity_weight())
         elif rule == "repan":
             uniform_(self.weight, 0.1 / math.sqrt(self.out_channels), generator)
         elif rule == "fan_out":
@@ -389,13 +392,17 @@ class AveragePool(Filter):
         # A constant: it follows .to(), and stays out of checkpoints.
         self.register_buffer("weight", self.weight, persistent=False)
 
+    def kernel(self, dtype: torch.dtype = torch.float64) -> Kernel:
+        exact = torch.full_like(self.weight, 1 / self.weight[0].numel(), dtype=dtype)
+        return Kernel(exact, exact.new_zeros(self.out_channels), self.in_channels, self.dilation)
+
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         size = tuple(self.weight.shape[2:])
         plain = max(self.dilation) == 1 and all(
             2 * p <= k for p, k in zip(padding, size, strict=True)
         )
         if not plain or min(padding) < 0:
-            return super().run(x, padding, stride)
+            return kernels.convolve(x, self.kernel(x.dtype), padding, stride)
         return AVERAGE_POOL[self.dims](x, size, stride, padding)
 
 
@@ -536,7 +543,7 @@ class Sum(Piece):
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         if self.squeezed:
             with torch.autocast(x.device.type, enabled=False):  # a kernel is made in full precision
-                kernel = self.kernel(next(self.parameters()).dtype)
+                kernel = self.branches_kernel(next(self.parameters()).dtype)
             return kernels.convolve(x, kernel, padding, stride)
 
         def out(branch: Piece) -> Tensor:
@@ -547,6 +554,10 @@ class Sum(Piece):
         return self.weighted(main, reduce(add, map(out, sides))) if sides else main
 
     def kernel(self, dtype: torch.dtype = torch.float64) -> Kernel:
+        return self.branches_kernel(dtype)
+
+    def branches_kernel(self, dtype: torch.dtype = torch.float64) -> Kernel:
+        """The sum of the branches as one kernel."""
         main, side = self.main_branch.kernel(dtype), self.side_kernel(dtype)
         return main if side is None else main + side
 

@@ -33,14 +33,7 @@ def fuse(model: nn.Module) -> nn.Module:
             f"{training[0]} is in train mode (so are {len(training) - 1} other modules): "
             "call model.eval() before fusing."
         )
-    fused = copy.deepcopy(model)
-    if isinstance(fused, RepBlock):
-        return fused.deploy()
-    deployed: dict[int, nn.Module] = {}
-    for parent in list(fused.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, RepBlock):
-                if id(child) not in deployed:
-                    deployed[id(child)] = child.deploy()
-                setattr(parent, name, deployed[id(child)])
-    return fused
+    # A copy in which every block is replaced by its convolution: deepcopy takes what the memo
+    # already holds, also at the root and where one block is used in several places.
+    deployed = {id(block): block.deploy() for block in outermost_blocks(model).values()}
+    return copy.deepcopy(model, deployed)

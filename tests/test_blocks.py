@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from replib import kernels
-from replib.blocks import BLOCKS
+from replib.blocks import BLOCKS, support
 from replib.blocks.block import FEATURES
 from replib.branches import NORM_AT_RESTORE, Convolution, Norm
 
@@ -43,9 +43,28 @@ GEOMETRIES = {  # together they have every feature and every mix that once was a
     "3-D, mixed": {"dims": 3, "kernel_size": (1, 3, 5), "stride": (1, 2, 1), "padding": (1, 0, 2)},
 }
 DEFAULTS = {"in_channels": 6, "out_channels": 6, "kernel_size": 3}
-CASES = [
-    pytest.param(family, case, id=f"{family}-{case}") for family in BLOCKS for case in GEOMETRIES
-]
+
+
+def tried(family, case):
+    """The block, or the error that refuses it."""
+    try:
+        return BLOCKS[family](**DEFAULTS | GEOMETRIES[case])
+    except ValueError as error:
+        return error
+
+
+TRIED = {(family, case): tried(family, case) for family in BLOCKS for case in GEOMETRIES}
+
+
+def cells(wanted):
+    """The cells of the support matrix with a wanted outcome."""
+    return [pytest.param(*cell, id="-".join(cell)) for cell, made in TRIED.items() if wanted(made)]
+
+
+CASES = cells(lambda made: not isinstance(made, ValueError))
+REFUSED = cells(lambda made: isinstance(made, ValueError))
+INVERTIBLE = cells(lambda made: getattr(made, "invertible", False))
+CAN_INVERT = sorted({param.values[0] for param in INVERTIBLE})
 
 
 def scrambled(module, seed=0):
@@ -70,14 +89,10 @@ def scrambled(module, seed=0):
 
 
 def build(family, case, seed=0):
-    """A scrambled float64 block in eval mode, and an input; skips what the family refuses."""
+    """A scrambled float64 block in eval mode, and an input."""
     torch.manual_seed(seed)
     arguments = DEFAULTS | GEOMETRIES[case]
-    try:
-        block = BLOCKS[family](**arguments)
-    except ValueError as error:
-        assert any(reason in str(error) for reason in BLOCKS[family].cannot.values()), error
-        pytest.skip(str(error))
+    block = BLOCKS[family](**arguments)
     space = (9, 10, 8)[: arguments.get("dims", 2)]  # odd and even: padding shows up
     x = torch.randn(3, arguments["in_channels"], *space, dtype=torch.float64)
     return scrambled(block.double().eval(), seed), x
@@ -104,15 +119,6 @@ def applied(block, kernel, x):
         amounts = [amount for p in reversed(padding) for amount in (p, p)]
         x, padding = nn.functional.pad(x, amounts, block.padding_mode), (0,) * g.dims
     return kernels.convolve(x, kernel, padding, g.stride)
-
-
-def invertible(family, case):
-    block, x = build(family, case)
-    if not block.invertible:
-        with pytest.raises(TypeError, match="cannot take a kernel"):
-            block.restore(block.merged())
-        pytest.skip(f"{family} cannot be inverted, and says so")
-    return block, x
 
 
 # -- merging --------------------------------------------------------------------------------------
@@ -154,10 +160,10 @@ def test_float32_blocks_fold_in_float64(family):
 
 # -- restoring ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("norm", NORM_AT_RESTORE)
-@pytest.mark.parametrize("family, case", CASES)
+@pytest.mark.parametrize("family, case", INVERTIBLE)
 @torch.no_grad()
 def test_restoring_reaches_any_kernel(family, case, norm):
-    block, x = invertible(family, case)
+    block, x = build(family, case)
     target = like(block.merged())
     statistics = measured(block, x)
     for fidelity, rate in (("official", 0.0), ("preserving", 0.0), ("preserving", 0.3)):
@@ -176,10 +182,10 @@ def measured(block, x):
     return statistics
 
 
-@pytest.mark.parametrize("family, case", CASES)
+@pytest.mark.parametrize("family, case", INVERTIBLE)
 @torch.no_grad()
 def test_matched_statistics_keep_the_training_output_too(family, case):
-    block, x = invertible(family, case)
+    block, x = build(family, case)
     target = like(block.merged())
     block.set_rate(0.0)  # the norms of the side branches have statistics of their own
     block.restore(target, "preserving", norm="match", stats=measured(block, x))
@@ -191,10 +197,10 @@ def plain(family):
     return "kernel 1" if "larger kernel" in BLOCKS[family].cannot else "plain"
 
 
-@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("family", CAN_INVERT)
 @torch.no_grad()
 def test_a_dead_slope_is_replaced_before_it_divides(family):
-    block, _ = invertible(family, plain(family))
+    block, _ = build(family, plain(family))
     norms = [layer for layer in block.modules() if isinstance(layer, Norm)]
     for layer in norms:
         layer.norm.weight.zero_()
@@ -205,9 +211,18 @@ def test_a_dead_slope_is_replaced_before_it_divides(family):
     close(block.merged().weight, target.weight, 1e-11)
 
 
-@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("family", sorted(set(BLOCKS) - set(CAN_INVERT)))
+def test_what_cannot_be_inverted_says_so(family):
+    block, _ = build(family, plain(family))
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(TypeError, match="cannot take a kernel: its main branch"):
+        block.restore(block.merged())
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize("family", CAN_INVERT)
 def test_wrong_requests_to_restore_are_refused(family):
-    block, _ = invertible(family, plain(family))
+    block, _ = build(family, plain(family))
     kernel = block.merged()
     with pytest.raises(ValueError, match=r"fidelity \(='exact'\) must be"):
         block.restore(kernel, "exact")
@@ -325,6 +340,25 @@ def test_bad_input_is_told_in_one_line(family, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_a_family_cannot_do_is_named_after_a_feature():
-    for block in BLOCKS.values():
-        assert set(block.cannot) <= set(FEATURES)
+@pytest.mark.parametrize("family, case", REFUSED)
+def test_what_a_family_cannot_do_it_refuses_with_the_reason(family, case):
+    message = str(TRIED[family, case])
+    refused = [f for f, reason in BLOCKS[family].cannot.items() if f"no {f}" in message]
+    assert len(refused) == 1 and BLOCKS[family].cannot[refused[0]] in message
+    assert "\n" not in message and "kernel_size=" in message
+
+
+def test_every_cell_of_the_support_matrix_is_tested():
+    """A yes has a geometry with that feature that works; a no has one that is refused."""
+    geometries = {case: BLOCKS["convbn"](**DEFAULTS | GEOMETRIES[case]) for case in GEOMETRIES}
+    for family, row in support().items():
+        assert set(BLOCKS[family].cannot) <= set(FEATURES) == set(row)
+        for feature, answer in row.items():
+            outcomes = [
+                isinstance(TRIED[family, case], ValueError)
+                for case, plain in geometries.items()
+                if FEATURES[feature](plain.geometry)
+            ]
+            assert (all if answer != "yes" else any)(
+                refused == (answer != "yes") for refused in outcomes
+            ), (family, feature)

@@ -212,11 +212,17 @@ class RepBlock(Sum):
     def weighted(self, main: Tensor, side: Tensor) -> Tensor:
         return torch.addcmul(main, side, self.rate.to(side.dtype))  # one pass over the map
 
+    def branches_kernel(
+        self, dtype: torch.dtype = torch.float64, rate: float | None = None
+    ) -> Kernel:
+        main, side = self.main_branch.kernel(dtype), self.side_kernel(dtype)
+        if side is None:
+            return main
+        return main + side * (self.rate.to(dtype) if rate is None else rate)
+
     def kernel(self, dtype: torch.dtype = torch.float64, rate: float | None = None) -> Kernel:
         """The whole block as one kernel in `dtype`; `rate` replaces lambda."""
-        kernel, side = self.main_branch.kernel(dtype), self.side_kernel(dtype)
-        if side is not None:
-            kernel = kernel + side * (self.rate.to(dtype) if rate is None else rate)
+        kernel = self.branches_kernel(dtype, rate)
         return kernel if self.post_norm is None else self.post_norm.act(kernel)
 
     def merged(self, rate: float | None = None) -> Kernel:
@@ -236,18 +242,18 @@ class RepBlock(Sum):
     def deploy(self) -> nn.Module:
         """A new plain convolution with bias that computes what this block does in eval mode."""
         g, kernel = self.geometry, self.merged()
-        conv = PLAIN[g.dims](
-            g.in_channels,
-            g.out_channels,
-            g.kernel_size,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            padding_mode=self.padding_mode,
-            device=kernel.weight.device,
-            dtype=kernel.weight.dtype,
-        )
+        with torch.random.fork_rng(devices=[]):  # its initialisation is overwritten at once
+            conv = PLAIN[g.dims](
+                g.in_channels,
+                g.out_channels,
+                g.kernel_size,
+                g.stride,
+                g.padding,
+                g.dilation,
+                g.groups,
+                padding_mode=self.padding_mode,
+                dtype=kernel.weight.dtype,
+            ).to(kernel.weight.device)
         conv.weight.copy_(kernel.weight)
         conv.bias.copy_(kernel.bias)
         return conv.train(self.training)

@@ -1,0 +1,262 @@
+"""What a notebook shows: the parts of a page, as HTML in which every value is escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML
+
+from replib.analysis.statistics import Estimate
+from replib.experiments.store import home
+from replib.report.results import Cost, Results
+
+NONE = "–"
+
+
+def escape(value: object) -> str:
+    """Text that no browser takes for markup."""
+    return html.escape(str(value))
+
+
+def table_html(header: Sequence[str], lines: Sequence[Sequence[str]], css: str = "") -> str:
+    """A table; cells are HTML already."""
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
+    return (
+        f'<div class="wide"><table class="{css}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number with thin thousands, or a dash."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return NONE
+    return f"{value:,.{digits}f}".replace(",", "\u202f")
+
+
+def engineering(value: float | None) -> str:
+    """FLOPs with a prefix."""
+    if not value:
+        return NONE
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g}\u202f{prefix}"
+    return number(value)
+
+
+def interval(value: Estimate | None, signed: bool = False) -> str:
+    """mean [low, high] n."""
+    if value is None:
+        return NONE
+    sign = "+" if signed else ""
+    if value.n < 2:
+        return f"{value.mean:{sign}.2f} <small>(n = 1)</small>"
+    return (
+        f"{value.mean:{sign}.2f} <small>[{value.low:{sign}.2f}, {value.high:{sign}.2f}] "
+        f"n = {value.n}</small>"
+    )
+
+
+class Page:
+    """The parts of one report, for a notebook: `Page("table2", "quick")`."""
+
+    def __init__(self, table: str, profile: str, settings: list[str] = ()):
+        self.results = Results(table, profile, list(settings))
+        self.table = self.results.table
+
+    def intro(self) -> HTML:
+        """What this page is, what was claimed, and what its numbers cannot say."""
+        table, parts = self.table, []
+        if table.proxy:
+            data = next(iter(self.results.plan.cells.values())).cell.data
+            parts.append(f'<p class="warning">Data: {escape(data)}. {escape(table.proxy)}</p>')
+        parts.append(f"<h1>{escape(table.title)}</h1>")
+        parts.append(
+            f"<p>Profile <b>{escape(self.results.profile)}</b>. <b>Question.</b> "
+            f"{escape(table.question)}</p>"
+        )
+        claims = "".join(
+            f"<li>{escape(c.text)} <small>{escape(c.source)}</small></li>"
+            for c in table.claims
+            if c.confidence == "read"  # what is only recalled is not printed as the paper's
+        )
+        if claims:
+            parts.append(f"<p><b>What was claimed.</b></p><ul>{claims}</ul>")
+        return HTML("".join(parts))
+
+    def train(self, **options) -> None:
+        """Train the missing cells here, with progress; options of `run_plan`."""
+        workers = os.environ.get("REPLIB_WORKERS")
+        budget = os.environ.get("REPLIB_BUDGET_SECONDS")
+        options.setdefault("workers", int(workers) if workers else None)
+        options.setdefault("budget_seconds", float(budget) if budget else None)
+        done = self.results.train(**options)
+        left = f", {done.out_of_time} not finished in the time given" if done.out_of_time else ""
+        print(f"{done.trained} cells trained, {done.present} were there{left}", flush=True)
+
+    def summary(self) -> HTML:
+        """The table: own results beside the published ones."""
+        results = self.results
+        both = bool(results.published)
+        header = ["", "accuracy, %", *(["published"] if both else []), "gain, points"]
+        header += [*(["published"] if both else []), "over", "verdict"]
+        lines = []
+        for row in results.rows:
+            spec, other = self.table.rows[row], results.against(row)
+            taught = results.teacher_accuracy(row) or results.teacher_accuracy(row, True)
+            label = f"<b>{escape(spec.label)}</b>"
+            if taught is not None:
+                label += f"<br><small>its teacher: {interval(taught)}</small>"
+            line = [label, interval(results.accuracy(row))]
+            line += [interval(results.accuracy(row, True))] if both else []
+            line += [interval(results.gain(row), True)]
+            line += [interval(results.gain(row, True), True)] if both else []
+            over = NONE if other == row else escape(self.table.rows[other].label)
+            lines.append([*line, f"<small>{over}</small>", escape(results.verdict(row))])
+        note = (
+            "<p><small>Test accuracy of the deployed network at the checkpoint that the protocol "
+            "selects; mean, two-sided 95 % t-interval, n seeds. Gains are paired by seed. The "
+            "intervals are not adjusted for the number of comparisons. The verdict is about the "
+            "paper's gain and follows a rule.</small></p>"
+        )
+        stale = len(results.stale)
+        if stale:
+            note += (
+                f'<p class="warning">{stale} published results of this table were made by an '
+                "older version of the code; they are not counted.</p>"
+            )
+        return HTML(table_html(header, lines, "numbers") + note)
+
+    def costs(self) -> HTML:
+        """What each row costs to train, parents included, and what is deployed."""
+        results = self.results
+        source = not results.own and bool(results.published)
+        frame = results.frame(source)
+        header = ["", "deployed parameters", "deployed FLOPs", "epochs", "training FLOPs", "time, s"]
+        header += ["teacher's epochs", "teacher's FLOPs", "teacher's time, s"]
+        lines = []
+        for row in results.rows:
+            values = frame.loc[row]
+            cost = results.mean_cost(row, source) or (Cost(), Cost())
+            lines.append(
+                [
+                    f"<b>{escape(values['label'])}</b>",
+                    number(none_if_nan(values["deployed_parameters"])),
+                    number(none_if_nan(values["deployed_flops"])),
+                    number(cost[0].epochs or None),
+                    engineering(cost[0].flops),
+                    number(cost[0].seconds or None, 1),
+                    number(cost[1].epochs or None),
+                    engineering(cost[1].flops),
+                    number(cost[1].seconds or None, 1),
+                ]
+            )
+        alike = frame["deployed_parameters"].nunique() == frame["deployed_flops"].nunique() == 1
+        said = (
+            "Every row deploys the same network: parameters and FLOPs, counted on the fused "
+            "models, are equal."
+            if alike
+            else "The rows deploy different networks, or some have not been run."
+        )
+        note = (
+            f"<p><small>{said} Mean over seeds; the cells that a row starts from are counted in. "
+            "FLOPs: convolutions and matrix products by torch's counter, two per multiply-add, "
+            "forward and backward. Time: one thread per cell, on the machine named below."
+            "</small></p>"
+        )
+        return HTML(table_html(header, lines, "numbers") + note)
+
+    def said(self) -> HTML:
+        """What may be said: our own statement for every row, and the rule of the verdict."""
+        items = []
+        for row, text in self.results.statements().items():
+            other = self.table.rows[self.results.against(row)].label
+            label = escape(self.table.rows[row].label)
+            items.append(f"<li><b>{label}</b> over <i>{escape(other)}</i>: {escape(text)}.</li>")
+        if not items:
+            return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.table.notes)
+        return HTML(f"<ul>{''.join(items)}</ul><p><b>Notes.</b></p><ul>{notes}</ul>")
+
+    def provenance(self) -> HTML:
+        """Where every number comes from, and the command to repeat it."""
+        results = self.results
+        settings = " ".join(results.settings)
+        command = f"make reproduce-{results.id} PROFILE={results.profile}"
+        command += f' SET="{settings}"' if settings else ""
+        lines = []
+        for name, source in (("this machine", results.own), ("published", results.published)):
+            if source:
+                contexts = [evidence["context"] for evidence in source.values()]
+
+                def seen(key: str, contexts=contexts) -> str:
+                    return ", ".join(sorted({str(context[key]) for context in contexts}))
+
+                torch = ", ".join(sorted({c["libraries"]["torch"] for c in contexts}))
+                lines.append(
+                    [
+                        escape(name),
+                        number(len(source)),
+                        escape(seen("commit")),
+                        escape(f"{seen('device')}: {seen('processor')}"),
+                        escape(f"torch {torch}, Python {seen('python')}"),
+                        number(sum(c["wall_seconds"] for c in contexts), 0),
+                    ]
+                )
+        header = ["evidence", "cells", "commit", "device", "software", "seconds, all cells"]
+        files = []
+        for planned in results.plan.cells.values():
+            links = []
+            for name, source, path in (
+                ("own", results.own, results.store.own_path(planned.key)),
+                ("published", results.published, results.store.published_path(planned.key)),
+            ):
+                if planned.key in source:
+                    target = escape(relative(path))
+                    links.append(f'<a href="{target}">{name}</a>')
+            rows = escape(", ".join(planned.rows))
+            key = escape(planned.key[:16])
+            files.append([f"<code>{key}</code>", rows, str(planned.cell.seed), " ".join(links)])
+        cells = table_html(["cell", "rows", "seed", "evidence file"], files)
+        return HTML(
+            f"<p>To repeat: <code>{escape(command)}</code></p>"
+            + table_html(header, lines)
+            + f"<details><summary>All {len(files)} cells and their evidence files</summary>"
+            + f"{cells}</details>"
+        )
+
+    def parameters(self) -> HTML:
+        """The resolved parameters of this profile."""
+        shown = self.table.model_dump(include={"seeds", "cell", "recipes"})
+        text = "\n".join(flat(shown))
+        return HTML(
+            "<details><summary>All parameters of this profile</summary>"
+            f"<pre>{escape(text)}</pre></details>"
+        )
+
+
+def relative(path: Path) -> str:
+    """A link from a page in reports/."""
+    return Path(os.path.relpath(path, home() / "reports")).as_posix()
+
+
+def none_if_nan(value: object) -> object:
+    """pandas stores a missing number as nan."""
+    return None if pd.isna(value) else value
+
+
+def flat(values: dict, prefix: str = "") -> list[str]:
+    """Nested parameters as dotted lines, as `--set` takes them."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += flat(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key} = {value}")
+    return lines

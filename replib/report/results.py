@@ -1,0 +1,263 @@
+"""From evidence files to the numbers of a page; the only source of what is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from replib.analysis.statistics import Estimate, estimate, paired_gain, statement, verdict
+from replib.errors import UserError
+from replib.experiments.cells import Plan, plan
+from replib.experiments.executor import Outcome, run_plan
+from replib.experiments.params import Table, load_table
+from replib.experiments.store import Store, home, read_evidence
+
+
+def profiles() -> dict[str, list[str]]:
+    """Tables and figures with their profiles: the files params/ID/PROFILE.yaml."""
+    folders = sorted(path for path in (home() / "params").iterdir() if path.is_dir())
+    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in folders}
+
+
+def profile_path(table: str, profile: str) -> Path:
+    """The params file of a table's profile. Raises: UserError that lists what there is."""
+    known = profiles()
+    if table not in known:
+        raise UserError(f"no table {table!r}; there are {', '.join(known)}.")
+    if profile not in known[table]:
+        raise UserError(f"{table} has no profile {profile!r}; it has {', '.join(known[table])}.")
+    return home() / "params" / table / f"{profile}.yaml"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row costs per seed, parents included; a teacher's share apart."""
+
+    epochs: float = 0
+    flops: float = 0
+    seconds: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.epochs + other.epochs, self.flops + other.flops, self.seconds + other.seconds
+        )
+
+
+class Results:
+    """One profile of one table: its parameters, its cells, and the evidence that exists.
+
+    Accuracies are in percent, gains in points, both of the deployed network on the test split,
+    at the checkpoint that the protocol selects.
+    """
+
+    def __init__(self, table: str, profile: str, settings: list[str] = (), store=None):
+        self.id, self.profile, self.settings = table, profile, list(settings)
+        path = profile_path(table, profile)
+        self.table: Table = load_table(path, self.settings)
+        self.store = store or Store()
+        self.plan: Plan = plan(self.table)
+
+    def train(self, **options) -> Outcome:
+        """Train the cells that are missing on this machine (options of `run_plan`)."""
+        outcome = run_plan(self.plan, self.store, title=f"{self.id} {self.profile}:", **options)
+        for name in ("own", "published"):
+            self.__dict__.pop(name, None)
+        return outcome
+
+    @cached_property
+    def own(self) -> dict[str, dict]:
+        """key -> evidence of this machine."""
+        return self.read(published=False)
+
+    @cached_property
+    def published(self) -> dict[str, dict]:
+        """key -> published evidence."""
+        return self.read(published=True)
+
+    def read(self, published: bool) -> dict[str, dict]:
+        found = {key: self.store.read(key, published) for key in self.plan.cells}
+        return {key: evidence for key, evidence in found.items() if evidence is not None}
+
+    @cached_property
+    def stale(self) -> list[Path]:
+        """Published files of this table's cells that were made by an older version."""
+        wanted = {
+            self.nameless(cell.cell.model_dump(exclude={"data_dir"}))
+            for cell in self.plan.cells.values()
+        }
+        found = []
+        for path in sorted(self.store.published.glob("*.json")):
+            evidence = read_evidence(path)
+            if evidence is not None and evidence["result"]["key"] not in self.plan.cells:
+                if self.nameless(evidence["result"]["parameters"]) in wanted:
+                    found.append(path)
+        return found
+
+    @staticmethod
+    def nameless(parameters: dict) -> str:
+        """Parameters without the keys of parents, which change with any version."""
+        return repr(sorted((parameters | {"start": None, "teacher": None}).items()))
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows on the page."""
+        return [name for name, row in self.table.rows.items() if not row.hidden]
+
+    def evidence(self, row: str, published: bool = False) -> dict[int, dict]:
+        """seed -> evidence of a row."""
+        source = self.published if published else self.own
+        keys = {seed: self.plan.by_row[row, seed] for seed in self.table.seeds}
+        return {seed: source[key] for seed, key in keys.items() if key in source}
+
+    def accuracies(self, row: str, published: bool = False) -> dict[int, float]:
+        """seed -> test accuracy in percent of the deployed network."""
+        found = self.evidence(row, published).items()
+        return {seed: 100 * e["result"]["deployed"]["test_accuracy"] for seed, e in found}
+
+    def accuracy(self, row: str, published: bool = False) -> Estimate | None:
+        """Mean and interval of a row."""
+        values = list(self.accuracies(row, published).values())
+        return estimate(values) if values else None
+
+    def against(self, row: str) -> str:
+        """The row over which a row's gain is taken."""
+        return self.table.rows[row].against or self.table.control
+
+    def gain(self, row: str, published: bool = False) -> Estimate | None:
+        """The paired gain in points, None for the control itself or without evidence."""
+        other = self.against(row)
+        if other == row:
+            return None
+        return paired_gain(self.accuracies(row, published), self.accuracies(other, published))
+
+    def verdict(self, row: str) -> str:
+        """The verdict on the paper's gain of this row."""
+        if self.against(row) == row:
+            return "the control"
+        comparable = self.table.proxy is None
+        return verdict(self.gain(row), self.table.rows[row].published_gain, comparable)
+
+    def cost(self, row: str, seed: int, published: bool = False) -> tuple[Cost, Cost] | None:
+        """(own and starts, teachers) of one seed; None where evidence is missing."""
+        source = self.published if published else self.own
+        students, teachers, seen = Cost(), Cost(), set()
+
+        def visit(key: str, taught: bool) -> bool:
+            nonlocal students, teachers
+            if key in seen:
+                return True
+            seen.add(key)
+            if key not in source:
+                return False
+            compute = source[key]["result"]["compute"]
+            seconds = source[key]["context"]["wall_seconds"]
+            own = Cost(compute["epochs"], compute["training_flops"], seconds)
+            if taught:
+                teachers += own
+            else:
+                students += own
+            teachers += Cost(flops=compute["teacher_flops"])
+            parents = self.plan.cells[key].parents
+            return all(visit(k, taught or role == "teacher") for role, k in parents.items())
+
+        whole = visit(self.plan.by_row[row, seed], False)
+        return (students, teachers) if whole else None
+
+    def mean_cost(self, row: str, published: bool = False) -> tuple[Cost, Cost] | None:
+        """The mean of `cost` over seeds."""
+        costs = [self.cost(row, seed, published) for seed in self.table.seeds]
+        costs = [cost for cost in costs if cost is not None]
+        if not costs:
+            return None
+        return tuple(
+            Cost(*(sum(getattr(c[i], f) for c in costs) / len(costs) for f in Cost.__match_args__))
+            for i in (0, 1)
+        )
+
+    def teacher_accuracy(self, row: str, published: bool = False) -> Estimate | None:
+        """The test accuracy of the row's teacher."""
+        teacher = self.table.rows[row].teacher
+        return self.accuracy(teacher, published) if teacher else None
+
+    def frame(self, published: bool = False) -> pd.DataFrame:
+        """The table as numbers: one line per row, accuracies in percent, gains in points."""
+        lines = []
+        for row in self.rows:
+            accuracy, gain = self.accuracy(row, published), self.gain(row, published)
+            found, cost = self.evidence(row, published), self.mean_cost(row, published)
+            deployed = [e["result"]["deployed"] for e in found.values()]
+            taught = self.teacher_accuracy(row, published)
+            lines.append(
+                {
+                    "row": row,
+                    "label": self.table.rows[row].label,
+                    "accuracy": accuracy and accuracy.mean,
+                    "accuracy_low": accuracy and accuracy.low,
+                    "accuracy_high": accuracy and accuracy.high,
+                    "n": accuracy.n if accuracy else 0,
+                    "against": self.against(row),
+                    "gain": gain and gain.mean,
+                    "gain_low": gain and gain.low,
+                    "gain_high": gain and gain.high,
+                    "deployed_parameters": same([d["parameters"] for d in deployed]),
+                    "deployed_flops": same([d["flops"] for d in deployed]),
+                    "epochs": cost and cost[0].epochs,
+                    "training_flops": cost and cost[0].flops,
+                    "seconds": cost and cost[0].seconds,
+                    "teacher_accuracy": taught and taught.mean,
+                    "teacher_epochs": cost and cost[1].epochs,
+                    "teacher_flops": cost and cost[1].flops,
+                    "teacher_seconds": cost and cost[1].seconds,
+                    "verdict": self.verdict(row),
+                }
+            )
+        return pd.DataFrame(lines).set_index("row")
+
+    def statements(self) -> dict[str, str]:
+        """row -> what may be said of its gain, in our own words."""
+        out = {}
+        for row in self.rows:
+            gain = self.gain(row)
+            if gain is not None:
+                out[row] = statement(gain)
+        return out
+
+    def history(self, published: bool = False) -> pd.DataFrame:
+        """One line per row, seed and epoch, the epochs of the cells it starts from in front.
+
+        Columns: those of a cell's history, and row, seed, total_epoch (from 1), own (False in
+        the epochs of a parent).
+        """
+        source, frames = self.published if published else self.own, []
+        for row in self.rows:
+            for seed in self.table.seeds:
+                chain, key = [], self.plan.by_row[row, seed]
+                while key in source:
+                    chain.insert(0, key)
+                    key = self.plan.cells[key].cell.start
+                for link in chain:
+                    frame = pd.DataFrame(source[link]["result"]["history"])
+                    frame["row"], frame["seed"], frame["own"] = row, seed, link == chain[-1]
+                    frames.append(frame)
+        if not frames:
+            return pd.DataFrame()
+        whole = pd.concat(frames, ignore_index=True)
+        whole["total_epoch"] = whole.groupby(["row", "seed"]).cumcount() + 1
+        return whole
+
+    def restarts(self, published: bool = False) -> pd.DataFrame:
+        """One line per row, seed and restart: how far the function jumped."""
+        frames = []
+        for row in self.rows:
+            for seed, evidence in self.evidence(row, published).items():
+                frame = pd.DataFrame(evidence["result"]["restarts"])
+                frames.append(frame.assign(row=row, seed=seed))
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def same(values: list) -> object:
+    """The one value that all have; None where there is none or they differ."""
+    return values[0] if values and all(value == values[0] for value in values) else None
