@@ -38,8 +38,9 @@ GEOMETRIES = {  # together they have every feature and every mix that once was a
     "reflect": {"padding_mode": "reflect", "stride": 2},
     "circular": {"padding_mode": "circular", "groups": 2},
     "1-D": {"dims": 1, "stride": 2, "dilation": 2, "groups": 3},
-    "1-D, kernel 1": {"dims": 1, "kernel_size": 1},
+    "1-D, kernel 1": {"dims": 1, "kernel_size": 1, "groups": 2, "stride": 2},
     "3-D": {"dims": 3, "groups": 2},
+    "3-D, kernel 1": {"dims": 3, "kernel_size": 1, "groups": 6},
     "3-D, mixed": {"dims": 3, "kernel_size": (1, 3, 5), "stride": (1, 2, 1), "padding": (1, 0, 2)},
 }
 DEFAULTS = {"in_channels": 6, "out_channels": 6, "kernel_size": 3}

@@ -75,7 +75,10 @@ class OREPA1x1(RepBlock):
     main_name = "origin"
     post_normed = squeezable = True
     default_kernel_size = 1
-    cannot: ClassVar = {"larger kernel": "it is OREPA's 1x1 convolution; use orepa"}
+    cannot: ClassVar = dict.fromkeys(
+        ("larger kernel", "dilation", "even kernel", "rectangular kernel"),
+        "it is OREPA's 1x1 convolution; use orepa",
+    )
 
     def declare(self, g: Geometry) -> dict[str, Piece]:
         widens = g.out_channels > g.in_channels
