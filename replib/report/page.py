@@ -94,6 +94,8 @@ class Page:
         """Train the missing cells here, with progress; options of `run_plan`."""
         workers = os.environ.get("REPLIB_WORKERS")
         budget = os.environ.get("REPLIB_BUDGET_SECONDS")
+        if os.environ.get("REPLIB_TRAIN") == "0":  # `make reports` only renders
+            return
         options.setdefault("workers", int(workers) if workers else None)
         options.setdefault("budget_seconds", float(budget) if budget else None)
         done = self.results.train(**options)

@@ -1,0 +1,193 @@
+"""The command line: `python -m replib COMMAND`; `make help` shows the same as targets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from replib.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Commands and their arguments."""
+    out = argparse.ArgumentParser(prog="replib", description=__doc__)
+    commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def table_command(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("table", help="an id such as table2: a folder of params/")
+        command.add_argument("--profile", default="quick", help="a file of that folder")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter"
+        )
+        return command
+
+    run = table_command("run", "train the missing cells of a table; no notebook is needed")
+    again = table_command("reproduce", "train what is missing, and leave the report")
+    for command in (run, again):
+        command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
+        command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    run.add_argument("--out", type=Path, help="also write the evidence of this table to one file")
+    table_command("publish", "copy this machine's evidence of a table to reports/evidence")
+    commands.add_parser("list", help="tables, profiles and what they need")
+    commands.add_parser("reports", help="render every page that has evidence; trains nothing")
+    evidence = commands.add_parser("evidence", help="check evidence files and take them in")
+    evidence.add_argument("action", choices=("add", "check"))
+    evidence.add_argument("files", nargs="*", type=Path)
+    return out
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from replib.experiments.store import compact
+    from replib.report.results import Results
+
+    results = Results(arguments.table, arguments.profile, arguments.set)
+    done = results.train(
+        workers=positive("--workers", arguments.workers),
+        budget_seconds=positive("--budget-seconds", arguments.budget_seconds),
+        device=arguments.device,
+    )
+    print(f"{done.trained} cells trained, {done.present} were there.")
+    if arguments.out:
+        write_bundle(arguments.out, list(results.own.values()), compact)
+        print(f"{len(results.own)} evidence files in {arguments.out}")
+    if done.out_of_time:
+        print(f"{done.out_of_time} cells not finished in the time given; run again to go on.")
+
+
+def write_bundle(path: Path, evidence: list[dict], compact) -> None:
+    from replib.training.checkpoint import write_bytes
+
+    write_bytes(path, compact({"evidence": evidence}))
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    from replib.report.render import reproduce
+
+    for name, value in (
+        ("REPLIB_WORKERS", positive("--workers", arguments.workers)),
+        ("REPLIB_BUDGET_SECONDS", positive("--budget-seconds", arguments.budget_seconds)),
+    ):
+        if value is not None:
+            os.environ[name] = str(value)
+    page = reproduce(arguments.table, arguments.profile, arguments.set)
+    print(f"The report: {page}")
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    from replib.report.results import Results
+
+    results = Results(arguments.table, arguments.profile, arguments.set)
+    for key in results.own:
+        results.store.publish(key)
+    missing = len(results.plan.cells) - len(results.own)
+    left = f"; {missing} cells have none on this machine" if missing else ""
+    print(f"{len(results.own)} evidence files in {results.store.published}{left}.")
+
+
+def list_tables(arguments: argparse.Namespace) -> None:
+    from replib.experiments.params import load_table
+    from replib.report.results import profile_path, profiles
+
+    for table, names in profiles().items():
+        for profile in names:
+            loaded = load_table(profile_path(table, profile))
+            cells = len(loaded.rows) * len(loaded.seeds)
+            print(
+                f"{table:<10} {profile:<16} {loaded.cell['data']:<12} {cells:>4} cells   "
+                f"make reproduce-{table} PROFILE={profile}"
+            )
+
+
+def reports(arguments: argparse.Namespace) -> None:
+    from replib.report.render import index, reproduce
+    from replib.report.results import Results, profiles
+
+    os.environ["REPLIB_TRAIN"] = "0"
+    for table, names in profiles().items():
+        for profile in names:
+            try:
+                results = Results(table, profile)
+            except UserError as error:  # its data are not on this machine
+                print(f"{table} {profile}: not rendered: {error}")
+                continue
+            if results.own or results.published:
+                print(reproduce(table, profile, []))
+    print(index())
+
+
+def evidence(arguments: argparse.Namespace) -> None:
+    from replib.experiments.store import KEY_LENGTH, Store, compact, read_evidence, sha256
+    from replib.training.checkpoint import write_bytes
+
+    store = Store()
+    if arguments.action == "check":
+        files = arguments.files or sorted(store.published.glob("*.json"))
+        bad = [str(f) for f in files if (e := read_evidence(f)) is None or not_named(f, e)]
+        if bad:
+            raise UserError(f"{len(bad)} of {len(files)} evidence files are damaged: {bad[0]}")
+        print(f"{len(files)} evidence files are whole.")
+        return
+    for path in arguments.files:
+        try:
+            found = json.loads(path.read_bytes())["evidence"]
+            right = all(e["result_sha256"] == sha256(e["result"]) for e in found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no bundle of evidence ({error}).") from None
+        if not right:
+            raise UserError(f"{path}: a result does not match its hash; nothing was taken.")
+        for one in found:
+            name = str(one["result"]["key"])[:KEY_LENGTH]
+            if len(name) != KEY_LENGTH or not all(c in "0123456789abcdef" for c in name):
+                raise UserError(f"{path}: key (={name!r}) is not one of a cell; nothing taken.")
+        for one in found:
+            write_bytes(store.published_path(one["result"]["key"]), compact(one))
+        print(f"{len(found)} evidence files from {path} are in {store.published}.")
+
+
+def not_named(path: Path, found: dict) -> bool:
+    """Whether a published file does not carry its own key as its name."""
+    return path.parent.name == "evidence" and not found["result"]["key"].startswith(path.stem)
+
+
+def positive(name: str, value: float | None) -> float | None:
+    """Refuse a number that is not above 0."""
+    if value is not None and not 0 < value < float("inf"):
+        raise UserError(f"{name} (={value}) must be a number above 0.")
+    return value
+
+
+COMMANDS = {
+    "run": run,
+    "reproduce": reproduce,
+    "publish": publish,
+    "list": list_tables,
+    "reports": reports,
+    "evidence": evidence,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0, or 2 with one line on standard error for a user's mistake."""
+    arguments = parser().parse_args(argv)
+    try:
+        COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        print(f"replib: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"replib: {name}{error.strerror or error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("replib: stopped; run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

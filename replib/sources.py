@@ -1,0 +1,357 @@
+"""What the released codes call the tensors of a block; data for `replib.official`.
+
+A row of a table is: official prefix -> our prefix; or official key -> `Packed` or `Derived`,
+where a tensor of theirs holds some of ours in another layout, or follows from the block. Rows
+are in the official order. The tree knows true composition only: what a released code does
+otherwise (OREPA's unflipped stem, its permuted rows) is undone here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from replib.blocks import BLOCKS, RepBlock
+from replib.blocks.dyrep import BRANCHES, DyRep
+from replib.blocks.repmlp import RepMLP
+
+State = Mapping[str, Tensor]
+Renames = tuple[tuple[str, str], ...]
+
+
+class Derived(NamedTuple):
+    """An official tensor that follows from the block: written on export, ignored on load."""
+
+    compute: Callable[[], Tensor]
+
+
+class Packed(NamedTuple):
+    """An official tensor that holds tensors of ours: the keys, the way there, the way back."""
+
+    ours: tuple[str, ...]
+    write: Callable[..., Tensor]
+    read: Callable[[Tensor], Iterable[Tensor]]
+
+
+Table = dict[str, "str | Derived | Packed"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a released code names the tensors of one block.
+
+    build: (its arguments, its file) -> our block; names: our block -> table.
+    around: (pattern of our path, official path) of the layers around the block.
+    """
+
+    build: Callable[[Mapping, State], nn.Module]
+    names: Callable[[nn.Module], Table]
+    around: Renames = (("block", ""),)
+
+
+def family(name: str, **renamed: str) -> Callable[[Mapping, State], RepBlock]:
+    """Build a block of this family; renamed: our option = their argument."""
+
+    def build(kwargs: Mapping, state: State) -> RepBlock:
+        arguments = dict(kwargs)
+        options = {o: arguments.pop(a) for o, a in renamed.items() if a in arguments}
+        return BLOCKS[name](**arguments | options)
+
+    return build
+
+
+def layers(ours: str, conv: str, norm: str) -> Table:
+    """A convolution and its norm."""
+    return {conv: f"branches.{ours}.0", norm: f"branches.{ours}.1.norm"}
+
+
+def merged(prefix: str, block: RepBlock) -> Table:
+    """RepAn keeps a merged convolution in every block; in its files it may be stale."""
+    return {
+        f"{prefix}.weight": Derived(lambda: block.merged().weight),
+        f"{prefix}.bias": Derived(lambda: block.merged().bias),
+    }
+
+
+# -- RepVGG, ACNet, MobileOne, RepLKNet, plain -----------------------------------------------------
+def repvgg(block: RepBlock) -> Table:
+    return {
+        "rbr_identity": "branches.identity.norm",
+        **layers("dense", "rbr_dense.conv", "rbr_dense.bn"),
+        **layers("1x1", "rbr_1x1.conv", "rbr_1x1.bn"),
+    }
+
+
+def repan_repvgg(block: RepBlock) -> Table:
+    table = layers("dense", "conv_3", "bn_3") | layers("1x1", "conv_1", "bn_1")
+    return table | {"bn_0": "branches.identity.norm"} | merged("rep_conv", block)
+
+
+def build_repan_repvgg(kwargs: Mapping, state: State) -> RepBlock:
+    # The first block of a stage has no identity branch, whatever its shape.
+    return BLOCKS["repvgg"](**kwargs, identity="bn_0.weight" in state)
+
+
+def acb(block: RepBlock) -> Table:
+    return {
+        **layers("square", "square_conv", "square_bn"),
+        "ver_conv": "branches.axis0.0",
+        "hor_conv": "branches.axis1.0",
+        "ver_bn": "branches.axis0.1.norm",
+        "hor_bn": "branches.axis1.1.norm",
+    }
+
+
+def mobileone(block: RepBlock) -> Table:
+    table: Table = {"rbr_skip": "branches.skip.norm"}
+    for name in block.branches:
+        if name.startswith("conv"):
+            prefix = f"rbr_conv.{name.removeprefix('conv')}"
+            table |= layers(name, f"{prefix}.conv", f"{prefix}.bn")
+    return table | layers("scale", "rbr_scale.conv", "rbr_scale.bn")
+
+
+def replk(block: RepBlock) -> Table:
+    return {
+        **layers("large", "lkb_origin.conv", "lkb_origin.bn"),
+        **layers("small", "small_conv.conv", "small_conv.bn"),
+    }
+
+
+def convbn(block: RepBlock) -> Table:
+    return layers("conv", "conv", "bn")
+
+
+# -- DBB and DyRep ---------------------------------------------------------------------------------
+def pooling(theirs: str, ours: str, block: RepBlock) -> Table:
+    """[1x1, padded norm,] average pool, norm; the bracket is missing in depthwise blocks."""
+    at = f"branches.{ours}"
+    if len(block.branches[ours]) == 2:
+        return {f"{theirs}.avgbn": f"{at}.1.norm"}
+    return {
+        f"{theirs}.conv": f"{at}.0",
+        f"{theirs}.bn.bn": f"{at}.1.norm",
+        f"{theirs}.avgbn": f"{at}.3.norm",
+    }
+
+
+def pair(theirs: str, ours: str, first: str) -> Table:
+    """1x1, padded norm, k x k, norm."""
+    at = f"branches.{ours}"
+    return {
+        f"{theirs}.{first}": f"{at}.0",
+        f"{theirs}.bn1.bn": f"{at}.1.norm",
+        f"{theirs}.conv2": f"{at}.2",
+        f"{theirs}.bn2": f"{at}.3.norm",
+    }
+
+
+def dbb(block: RepBlock) -> Table:
+    first = "idconv1" if block.branches["1x1_kxk"][0].offset else "conv1"
+    return {
+        **layers("origin", "dbb_origin.conv", "dbb_origin.bn"),
+        **pooling("dbb_avg", "avg", block),
+        **layers("1x1", "dbb_1x1.conv", "dbb_1x1.bn"),
+        **pair("dbb_1x1_kxk", "1x1_kxk", first),
+    }
+
+
+def rep(block: RepBlock) -> Table:
+    origin = layers("origin", "dbb_origin.conv", "dbb_origin.bn")
+    return origin | layers("1x1", "dbb_1x1.conv", "dbb_1x1.bn")
+
+
+NESTED = {"dbb_kxk.conv": ("kxk", 0), "dbb_1x1_kxk.conv2": ("1x1_kxk", 2)}  # may be blocks again
+
+
+def build_dyrep(kwargs: Mapping, state: State) -> RepBlock:
+    """The branches are read from the file, those of blocks in the block too."""
+    flags = [any(key.startswith(f"dbb_{name}.") for key in state) for name in BRANCHES]
+    block = DyRep(**{**kwargs, "branches": kwargs.get("branches", flags)})
+    for prefix, (name, at) in NESTED.items():
+        inner = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(prefix)}
+        if any(key.startswith("dbb_") for key in inner):
+            chain, own = block.branches[name], {k: v for k, v in kwargs.items() if k != "branches"}
+            own |= {"in_channels": chain[at].in_channels, "stride": 1, "padding": None}
+            setattr(chain, str(at), build_dyrep(own, inner))
+    return block
+
+
+def dyrep(block: RepBlock) -> Table:
+    table = {
+        **layers("1x1", "dbb_1x1.conv", "dbb_1x1.bn"),
+        **pair("dbb_1x1_kxk", "1x1_kxk", "conv1"),
+        **(pooling("dbb_1x1_avg", "1x1_avg", block) if "1x1_avg" in block.branches else {}),
+        **layers("kxk", "dbb_kxk.conv", "dbb_kxk.bn"),
+        **layers("1xk", "dbb_1xk.conv", "dbb_1xk.bn"),
+        **layers("kx1", "dbb_kx1.conv", "dbb_kx1.bn"),
+        "dbb_id": "branches.id.norm",
+    }
+    for prefix, (name, at) in NESTED.items():
+        if name in block.branches and isinstance(block.branches[name][at], DyRep):
+            inside = dyrep(block.branches[name][at])
+            rows = {f"{prefix}.{k}": f"branches.{name}.{at}.{v}" for k, v in inside.items()}
+            table = replaced(table, prefix, rows)
+    return table
+
+
+def replaced(table: Table, key: str, rows: Table) -> Table:
+    """The table with other rows in the place of one."""
+    return {
+        k: v for old in table for k, v in (rows if old == key else {old: table[old]}).items()
+    }
+
+
+# -- OREPA -----------------------------------------------------------------------------------------
+def linear_branches(tree: nn.Module, at: str, name: str, spare_row: bool = False, flip=False):
+    """OREPA's branches: `tree.branches` under the path `at`, official names `name` + ...
+
+    spare_row: the released `vector` has a row that nothing reads. flip: a released stem does
+    not flip the kernels of its later layers, as true composition does.
+    """
+    branches, conv = tree.branches, {"avg": "avg_conv", "prior": "pfir_conv", "1x1": "1x1"}
+    axes = tuple(range(-branches["origin"][0].dims, 0)) if flip else ()
+    groups = branches["origin"][0].groups
+    sums = tuple(f"{at}.{b}.{len(chain) - 1}.weight" for b, chain in branches.items())
+
+    def spatial(path: str) -> Packed:
+        return Packed((f"{at}.{path}.weight",), lambda t: t.flip(axes), lambda t: (t.flip(axes),))
+
+    def regrouped(rows: Tensor, outer: int) -> Tensor:
+        return rows.view(outer, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+    def stacked(*rows: Tensor) -> Tensor:
+        return torch.stack([*rows, *[torch.zeros_like(rows[0])] * spare_row])
+
+    pooled = branches["avg"][1]
+    table: Table = {
+        f"{name}origin": spatial("origin.0"),
+        **{f"{name}{conv[b]}": f"{at}.{b}.0.weight" for b in conv if b in branches},
+        f"{name}1x1_kxk_idconv1": f"{at}.1x1_kxk.0.weight",
+        f"{name}1x1_kxk_conv2": spatial("1x1_kxk.1"),
+        f"{name}gconv_dw": spatial("separable.0"),
+        # Released rows run over the groups first: row q G + c is output q of group c.
+        f"{name}gconv_pw": Packed(
+            (f"{at}.separable.1.weight",),
+            lambda t: regrouped(t, groups),
+            lambda t: (regrouped(t, len(t) // groups),),
+        ),
+        "vector": Packed(sums, stacked, lambda t: t[: len(sums)].unbind()),
+        f"{name}avg_avg": Derived(lambda: pooled.kernel(torch.float32).weight[0, 0]),
+        "id_tensor": Derived(lambda: branches["1x1_kxk"][0].identity_weight(torch.float32)),
+        f"{name}prior": Packed(
+            (f"{at}.prior.1.weight",),
+            lambda t: t.squeeze(1).flip(axes),
+            lambda t: (t.flip(axes).unsqueeze(1),),
+        ),
+    }
+    return table
+
+
+BN = {"bn": "post_norm.norm"}
+
+
+def orepa(block: RepBlock) -> Table:
+    return linear_branches(block, "branches", "weight_orepa_") | BN
+
+
+def orepa_1x1(block: RepBlock) -> Table:
+    scales = ("branches.origin.1.weight", "branches.product.2.weight")
+    return {
+        "weight_or1x1_origin": "branches.origin.0.weight",
+        "weight_or1x1_l2i_conv1": "branches.product.0.weight",
+        "weight_or1x1_l2i_conv2": "branches.product.1.weight",
+        "vector": Packed(scales, lambda *rows: torch.stack(rows), torch.unbind),
+        **BN,
+    }
+
+
+def orepa_stem(block: RepBlock) -> Table:
+    table: Table = {}
+    for i, layer in enumerate(block.branches["layers"]):
+        at = f"branches.layers.{i}.branches"
+        rows = linear_branches(layer, at, "weight_orepa_", flip=i > 0)
+        table |= {f"weight{i}.{key}": row for key, row in rows.items()}
+    return table | BN
+
+
+def orepa_stem_base(block: RepBlock) -> Table:
+    def layer(i: int) -> Packed:
+        axes = (-2, -1) if i else ()
+        ours = (f"branches.layers.{i}.weight",)
+        return Packed(ours, lambda t: t.flip(axes), lambda t: (t.flip(axes),))
+
+    return {f"weight{i}": layer(i) for i in range(len(block.branches["layers"]))} | BN
+
+
+def orepa_repvgg(block: RepBlock) -> Table:
+    inner, at = block.branches["dense"][0], "branches.dense.0.branches"
+    spare = "identity" in block.branches
+    rows = linear_branches(inner, at, "weight_rbr_", spare_row=spare)
+    return {
+        "rbr_identity": "branches.identity.norm",
+        **{f"rbr_dense.{key}": row for key, row in rows.items()},
+        "rbr_dense.bn": "branches.dense.1.norm",
+        **layers("1x1", "rbr_1x1.conv", "rbr_1x1.bn"),
+    }
+
+
+# -- RepMLP ----------------------------------------------------------------------------------------
+def build_repmlp(kwargs: Mapping, state: State) -> RepMLP:
+    if kwargs["in_channels"] != kwargs["out_channels"]:
+        raise ValueError(
+            f"in_channels (={kwargs['in_channels']}) must be out_channels "
+            f"(={kwargs['out_channels']}): RepMLP keeps the shape."
+        )
+    return RepMLP(
+        kwargs["in_channels"],
+        kwargs["h"],
+        kwargs["w"],
+        kwargs.get("num_sharesets", 1),
+        tuple(kwargs.get("reparam_conv_k") or ()),
+        official_order=True,
+    )
+
+
+def repmlp(block: RepMLP) -> Table:
+    table: Table = {
+        "gp.fc1": "reduce",
+        "gp.fc2": "expand",
+        "fc3": "dense",
+        "fc3_bn": "norm.norm",
+    }
+    for k in block.local:
+        table |= {f"repconv{k}.conv": f"local.{k}.0", f"repconv{k}.bn": f"local.{k}.1.norm"}
+    return table
+
+
+RENAMED_EXCITE = (
+    ("block", ""),
+    (r"(se|post_se)\.reduce", r"\1.down"),
+    (r"(se|post_se)\.expand", r"\1.up"),
+)
+SOURCES = {
+    "repvgg": Source(family("repvgg"), repvgg, RENAMED_EXCITE),
+    "acb": Source(family("acb"), acb),
+    "dbb": Source(family("dbb", inner_channels="internal_channels_1x1_3x3"), dbb),
+    "orepa": Source(family("orepa"), orepa),
+    "orepa_1x1": Source(family("orepa_1x1"), orepa_1x1),
+    "orepa_stem": Source(family("orepa_stem"), orepa_stem),
+    "orepa_stem_base": Source(family("orepa_stem_base"), orepa_stem_base),
+    "orepa_repvgg": Source(family("orepa_repvgg"), orepa_repvgg),
+    "mobileone": Source(family("mobileone", n="num_conv_branches"), mobileone),
+    "replk": Source(family("replk", small="small_kernel"), replk),
+    "dyrep": Source(build_dyrep, dyrep),
+    "repmlp": Source(build_repmlp, repmlp),
+    "repan_repvgg": Source(build_repan_repvgg, repan_repvgg),
+    "repan_dbb": Source(family("dbb"), lambda block: merged("dbb_reparam", block) | dbb(block)),
+    "repan_acb": Source(family("acb"), lambda block: merged("fused_conv", block) | acb(block)),
+    "repan_rep": Source(family("rep"), lambda block: merged("dbb_reparam", block) | rep(block)),
+    "repan_convbn": Source(
+        family("convbn"), lambda block: merged("rep_conv", block) | convbn(block)
+    ),
+}
