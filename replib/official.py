@@ -1,95 +1,32 @@
-"""Official checkpoints in and out: one table of names per source, one reader, one writer.
+"""Official checkpoints in and out: one reader, one writer, over the tables of `replib.sources`.
 
-A source says which of our tensors an official name stands for, in the official order. What our
-module would export is also what a file must hold, so a file is checked against that export.
+What our module would export is also what a file must hold, so a file is checked against that.
 """
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from replib.blocks import BLOCKS, RepBlock
+from replib.blocks import RepBlock
+from replib.blocks.repmlp import RepMLP
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg
 from replib.models.layers import SqueezeExcite
+from replib.sources import SOURCES, Entry, Renames, Source
 
 State = dict[str, Tensor]
-Renames = tuple[tuple[str, str], ...]
 OPTIONAL = "num_batches_tracked"  # files older than torch 0.4.1 lack it
 
 
-@dataclass(frozen=True)
-class Derived:
-    """An official tensor that follows from the block: written on export, ignored on load."""
-
-    compute: Callable[[RepBlock], Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a released code names the tensors of one block.
-
-    names: official prefix -> our prefix, or `Derived` for a whole key; in the official order.
-    options: (kwargs, file) -> options of our family.
-    around: renames, as in `Architecture`, of the layers around the block.
-    """
-
-    family: str
-    names: Mapping[str, str | Derived]
-    options: Callable[[Mapping, State], dict] = lambda kwargs, state: {}
-    around: Renames = (("block", ""),)
-
-
-MERGED = {
-    "weight": Derived(lambda block: block.merged().weight),
-    "bias": Derived(lambda block: block.merged().bias),
-}
-
-
-def always_merged(prefix: str) -> dict[str, Derived]:
-    """RepAn keeps a merged convolution in every block; in its files it may be stale."""
-    return {f"{prefix}.{name}": derived for name, derived in MERGED.items()}
-
-
-SOURCES = {
-    "repvgg": Source(
-        "repvgg",
-        {
-            "rbr_identity": "branches.identity.norm",
-            "rbr_dense.conv": "branches.dense.0",
-            "rbr_dense.bn": "branches.dense.1.norm",
-            "rbr_1x1.conv": "branches.1x1.0",
-            "rbr_1x1.bn": "branches.1x1.1.norm",
-        },
-        around=(
-            ("block", ""),
-            (r"(se|post_se)\.reduce", r"\1.down"),
-            (r"(se|post_se)\.expand", r"\1.up"),
-        ),
-    ),
-    "repan_repvgg": Source(
-        "repvgg",
-        {
-            "conv_3": "branches.dense.0",
-            "bn_3": "branches.dense.1.norm",
-            "conv_1": "branches.1x1.0",
-            "bn_1": "branches.1x1.1.norm",
-            "bn_0": "branches.identity.norm",
-            **always_merged("rep_conv"),
-        },
-        # The first block of a stage has no identity branch, whatever its shape.
-        lambda kwargs, state: {"identity": "bn_0.weight" in state},
-    ),
-}
+WB = ("weight", "bias")
 SQUEEZE_EXCITE = {"use_se": ("se", 16), "use_post_se": ("post_se", 4)}  # name, reduction
 
 
@@ -118,14 +55,6 @@ ARCHITECTURES = {
 }
 
 
-class Entry(NamedTuple):
-    """One official tensor: the keys of ours it holds, and the way there and back."""
-
-    ours: tuple[str, ...]
-    write: Callable[..., Tensor]
-    read: Callable[[Tensor], Iterable[Tensor]]
-
-
 def joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
@@ -138,16 +67,20 @@ def renamed(path: str, renames: Renames) -> str:
     return path
 
 
-def block_entries(block: RepBlock, source: Source) -> Iterator[tuple[str, Entry]]:
+def verbatim(key: str) -> Entry:
+    return Entry((key,), torch.clone, lambda tensor: (tensor,))
+
+
+def block_entries(block: nn.Module, source: Source) -> Iterator[tuple[str, Entry]]:
     """(official key, Entry) for every tensor of a block, in the official order."""
-    keys = [key for key in block.state_dict() if key != "rate"]
-    for theirs, ours in source.names.items():
-        if isinstance(ours, Derived):
-            yield theirs, Entry((), partial(ours.compute, block), lambda tensor: ())
+    keys = [key for key in block.state_dict() if key.rpartition(".")[2] != "rate"]
+    for theirs, ours in source.names(block).items():
+        if isinstance(ours, Entry):
+            yield theirs, ours
             continue
         for key in keys:
-            if key.startswith(f"{ours}."):
-                yield theirs + key.removeprefix(ours), Entry((key,), torch.clone, lambda t: (t,))
+            if key == ours or key.startswith(f"{ours}."):
+                yield theirs + key.removeprefix(ours), verbatim(key)
 
 
 def entries(
@@ -155,14 +88,14 @@ def entries(
 ) -> Iterator[tuple[str, Entry]]:
     """(official key, Entry) for every tensor of a network, in the order of its modules."""
     theirs = renamed(path, renames)
-    if isinstance(module, RepBlock):
+    if isinstance(module, RepBlock | RepMLP):
         for key, entry in block_entries(module, source):
             ours = tuple(joined(path, name) for name in entry.ours)
             yield joined(theirs, key), entry._replace(ours=ours)
         return
     for name in module.state_dict():
         if "." not in name:
-            yield joined(theirs, name), Entry((joined(path, name),), torch.clone, lambda t: (t,))
+            yield joined(theirs, name), verbatim(joined(path, name))
     # Released codes register squeeze-excite before the branches.
     for name, child in sorted(module.named_children(), key=lambda c: isinstance(c[1], RepBlock)):
         yield from entries(child, source, renames, joined(path, name))
@@ -243,13 +176,16 @@ def load_block(source: str, kwargs: Mapping, state_dict: Mapping[str, Tensor]) -
     """One block of a released code, from its arguments and its state: a RepBlock.
 
     With squeeze-excite it is nn.Sequential(block, se), or (block, relu, post_se); otherwise the
-    activation is left out.
+    activation is left out. A deployed file gives one plain convolution.
     Raises: ValueError for a source that is not known, or a state that does not fit.
     """
     layout, state = named("source", source, SOURCES), read_state(state_dict)
     options = dict(kwargs)
     excite = [SQUEEZE_EXCITE[name] for name in SQUEEZE_EXCITE if options.pop(name, False)]
-    module = BLOCKS[layout.family](**options | layout.options(kwargs, state))
+    module = layout.build(options, state)
+    if isinstance(module, RepBlock) and set(state) == {f"{layout.deployed}.{n}" for n in WB}:
+        module = module.deploy()
+        return fill(module, {f"{layout.deployed}.{n}": verbatim(n) for n in WB}, state)
     for name, reduction in excite:
         channels = module.out_channels
         around = {"relu": nn.ReLU()} if name == "post_se" else {}

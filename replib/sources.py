@@ -1,8 +1,8 @@
 """What the released codes call the tensors of a block; data for `replib.official`.
 
-A row of a table is: official prefix -> our prefix; or official key -> `Packed` or `Derived`,
-where a tensor of theirs holds some of ours in another layout, or follows from the block. Rows
-are in the official order. The tree knows true composition only: what a released code does
+A row of a table is: official prefix -> our prefix; or official key -> `Entry`, where a tensor of
+theirs holds some of ours in another layout, or follows from the block. Rows are in the official
+order. The tree knows true composition only: what a released code does
 otherwise (OREPA's unflipped stem, its permuted rows) is undone here.
 """
 
@@ -23,21 +23,30 @@ State = Mapping[str, Tensor]
 Renames = tuple[tuple[str, str], ...]
 
 
-class Derived(NamedTuple):
-    """An official tensor that follows from the block: written on export, ignored on load."""
-
-    compute: Callable[[], Tensor]
-
-
-class Packed(NamedTuple):
-    """An official tensor that holds tensors of ours: the keys, the way there, the way back."""
+class Entry(NamedTuple):
+    """One official tensor: the keys of ours that it holds, the way there, and the way back."""
 
     ours: tuple[str, ...]
     write: Callable[..., Tensor]
     read: Callable[[Tensor], Iterable[Tensor]]
 
 
-Table = dict[str, "str | Derived | Packed"]
+Table = dict[str, str | Entry]
+
+
+def derived(compute: Callable[[], Tensor]) -> Entry:
+    """An official tensor that follows from the block: written on export, ignored on load."""
+    return Entry((), compute, lambda tensor: ())
+
+
+def rearranged(ours: str, write: Callable[[Tensor], Tensor], read: Callable) -> Entry:
+    """One tensor of ours in another layout."""
+    return Entry((ours,), write, lambda tensor: (read(tensor),))
+
+
+def flipped(ours: str, axes: tuple[int, ...]) -> Entry:
+    """One tensor of ours, mirrored along some axes."""
+    return rearranged(ours, lambda t: t.flip(axes), lambda t: t.flip(axes))
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,13 @@ class Source:
     """How a released code names the tensors of one block.
 
     build: (its arguments, its file) -> our block; names: our block -> table.
+    deployed: the name of the one convolution that its deployed form consists of.
     around: (pattern of our path, official path) of the layers around the block.
     """
 
     build: Callable[[Mapping, State], nn.Module]
     names: Callable[[nn.Module], Table]
+    deployed: str
     around: Renames = (("block", ""),)
 
 
@@ -72,9 +83,14 @@ def layers(ours: str, conv: str, norm: str) -> Table:
 def merged(prefix: str, block: RepBlock) -> Table:
     """RepAn keeps a merged convolution in every block; in its files it may be stale."""
     return {
-        f"{prefix}.weight": Derived(lambda: block.merged().weight),
-        f"{prefix}.bias": Derived(lambda: block.merged().bias),
+        f"{prefix}.weight": derived(lambda: block.merged().weight),
+        f"{prefix}.bias": derived(lambda: block.merged().bias),
     }
+
+
+def always_merged(prefix: str, names: Callable) -> Callable[[RepBlock], Table]:
+    """The names of a block, after those of its merged convolution."""
+    return lambda block: merged(prefix, block) | names(block)
 
 
 # -- RepVGG, ACNet, MobileOne, RepLKNet, plain -----------------------------------------------------
@@ -94,6 +110,11 @@ def repan_repvgg(block: RepBlock) -> Table:
 def build_repan_repvgg(kwargs: Mapping, state: State) -> RepBlock:
     # The first block of a stage has no identity branch, whatever its shape.
     return BLOCKS["repvgg"](**kwargs, identity="bn_0.weight" in state)
+
+
+def build_mobileone(kwargs: Mapping, state: State) -> RepBlock:
+    # The released default is one branch, ours the paper's usual four.
+    return family("mobileone", n="num_conv_branches")({"num_conv_branches": 1, **kwargs}, state)
 
 
 def acb(block: RepBlock) -> Table:
@@ -201,9 +222,7 @@ def dyrep(block: RepBlock) -> Table:
 
 def replaced(table: Table, key: str, rows: Table) -> Table:
     """The table with other rows in the place of one."""
-    return {
-        k: v for old in table for k, v in (rows if old == key else {old: table[old]}).items()
-    }
+    return {k: v for old in table for k, v in (rows if old == key else {old: table[old]}).items()}
 
 
 # -- OREPA -----------------------------------------------------------------------------------------
@@ -218,9 +237,6 @@ def linear_branches(tree: nn.Module, at: str, name: str, spare_row: bool = False
     groups = branches["origin"][0].groups
     sums = tuple(f"{at}.{b}.{len(chain) - 1}.weight" for b, chain in branches.items())
 
-    def spatial(path: str) -> Packed:
-        return Packed((f"{at}.{path}.weight",), lambda t: t.flip(axes), lambda t: (t.flip(axes),))
-
     def regrouped(rows: Tensor, outer: int) -> Tensor:
         return rows.view(outer, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
@@ -229,24 +245,24 @@ def linear_branches(tree: nn.Module, at: str, name: str, spare_row: bool = False
 
     pooled = branches["avg"][1]
     table: Table = {
-        f"{name}origin": spatial("origin.0"),
+        f"{name}origin": flipped(f"{at}.origin.0.weight", axes),
         **{f"{name}{conv[b]}": f"{at}.{b}.0.weight" for b in conv if b in branches},
         f"{name}1x1_kxk_idconv1": f"{at}.1x1_kxk.0.weight",
-        f"{name}1x1_kxk_conv2": spatial("1x1_kxk.1"),
-        f"{name}gconv_dw": spatial("separable.0"),
+        f"{name}1x1_kxk_conv2": flipped(f"{at}.1x1_kxk.1.weight", axes),
+        f"{name}gconv_dw": flipped(f"{at}.separable.0.weight", axes),
         # Released rows run over the groups first: row q G + c is output q of group c.
-        f"{name}gconv_pw": Packed(
-            (f"{at}.separable.1.weight",),
+        f"{name}gconv_pw": rearranged(
+            f"{at}.separable.1.weight",
             lambda t: regrouped(t, groups),
-            lambda t: (regrouped(t, len(t) // groups),),
+            lambda t: regrouped(t, len(t) // groups),
         ),
-        "vector": Packed(sums, stacked, lambda t: t[: len(sums)].unbind()),
-        f"{name}avg_avg": Derived(lambda: pooled.kernel(torch.float32).weight[0, 0]),
-        "id_tensor": Derived(lambda: branches["1x1_kxk"][0].identity_weight(torch.float32)),
-        f"{name}prior": Packed(
-            (f"{at}.prior.1.weight",),
+        "vector": Entry(sums, stacked, lambda t: t[: len(sums)].unbind()),
+        f"{name}avg_avg": derived(lambda: pooled.kernel(torch.float32).weight[0, 0]),
+        "id_tensor": derived(lambda: branches["1x1_kxk"][0].identity_weight(torch.float32)),
+        f"{name}prior": rearranged(
+            f"{at}.prior.1.weight",
             lambda t: t.squeeze(1).flip(axes),
-            lambda t: (t.flip(axes).unsqueeze(1),),
+            lambda t: t.flip(axes).unsqueeze(1),
         ),
     }
     return table
@@ -265,7 +281,7 @@ def orepa_1x1(block: RepBlock) -> Table:
         "weight_or1x1_origin": "branches.origin.0.weight",
         "weight_or1x1_l2i_conv1": "branches.product.0.weight",
         "weight_or1x1_l2i_conv2": "branches.product.1.weight",
-        "vector": Packed(scales, lambda *rows: torch.stack(rows), torch.unbind),
+        "vector": Entry(scales, lambda *rows: torch.stack(rows), torch.unbind),
         **BN,
     }
 
@@ -280,12 +296,12 @@ def orepa_stem(block: RepBlock) -> Table:
 
 
 def orepa_stem_base(block: RepBlock) -> Table:
-    def layer(i: int) -> Packed:
-        axes = (-2, -1) if i else ()
-        ours = (f"branches.layers.{i}.weight",)
-        return Packed(ours, lambda t: t.flip(axes), lambda t: (t.flip(axes),))
-
-    return {f"weight{i}": layer(i) for i in range(len(block.branches["layers"]))} | BN
+    depth = len(block.branches["layers"])
+    kernels = {
+        f"weight{i}": flipped(f"branches.layers.{i}.weight", (-2, -1) if i else ())
+        for i in range(depth)
+    }
+    return kernels | BN
 
 
 def orepa_repvgg(block: RepBlock) -> Table:
@@ -335,23 +351,21 @@ RENAMED_EXCITE = (
     (r"(se|post_se)\.expand", r"\1.up"),
 )
 SOURCES = {
-    "repvgg": Source(family("repvgg"), repvgg, RENAMED_EXCITE),
-    "acb": Source(family("acb"), acb),
-    "dbb": Source(family("dbb", inner_channels="internal_channels_1x1_3x3"), dbb),
-    "orepa": Source(family("orepa"), orepa),
-    "orepa_1x1": Source(family("orepa_1x1"), orepa_1x1),
-    "orepa_stem": Source(family("orepa_stem"), orepa_stem),
-    "orepa_stem_base": Source(family("orepa_stem_base"), orepa_stem_base),
-    "orepa_repvgg": Source(family("orepa_repvgg"), orepa_repvgg),
-    "mobileone": Source(family("mobileone", n="num_conv_branches"), mobileone),
-    "replk": Source(family("replk", small="small_kernel"), replk),
-    "dyrep": Source(build_dyrep, dyrep),
-    "repmlp": Source(build_repmlp, repmlp),
-    "repan_repvgg": Source(build_repan_repvgg, repan_repvgg),
-    "repan_dbb": Source(family("dbb"), lambda block: merged("dbb_reparam", block) | dbb(block)),
-    "repan_acb": Source(family("acb"), lambda block: merged("fused_conv", block) | acb(block)),
-    "repan_rep": Source(family("rep"), lambda block: merged("dbb_reparam", block) | rep(block)),
-    "repan_convbn": Source(
-        family("convbn"), lambda block: merged("rep_conv", block) | convbn(block)
-    ),
+    "repvgg": Source(family("repvgg"), repvgg, "rbr_reparam", RENAMED_EXCITE),
+    "acb": Source(family("acb"), acb, "fused_conv"),
+    "dbb": Source(family("dbb", inner_channels="internal_channels_1x1_3x3"), dbb, "dbb_reparam"),
+    "orepa": Source(family("orepa"), orepa, "orepa_reparam"),
+    "orepa_1x1": Source(family("orepa_1x1"), orepa_1x1, "or1x1_reparam"),
+    "orepa_stem": Source(family("orepa_stem"), orepa_stem, "or_large_reparam"),
+    "orepa_stem_base": Source(family("orepa_stem_base"), orepa_stem_base, "or_large_reparam"),
+    "orepa_repvgg": Source(family("orepa_repvgg"), orepa_repvgg, "rbr_reparam", RENAMED_EXCITE),
+    "mobileone": Source(build_mobileone, mobileone, "reparam_conv"),
+    "replk": Source(family("replk", small="small_kernel"), replk, "lkb_reparam"),
+    "dyrep": Source(build_dyrep, dyrep, "conv_deployed"),
+    "repmlp": Source(build_repmlp, repmlp, "fc3"),
+    "repan_repvgg": Source(build_repan_repvgg, repan_repvgg, "rep_conv"),
+    "repan_dbb": Source(family("dbb"), always_merged("dbb_reparam", dbb), "dbb_reparam"),
+    "repan_acb": Source(family("acb"), always_merged("fused_conv", acb), "fused_conv"),
+    "repan_rep": Source(family("rep"), always_merged("dbb_reparam", rep), "dbb_reparam"),
+    "repan_convbn": Source(family("convbn"), always_merged("rep_conv", convbn), "rep_conv"),
 }

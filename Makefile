@@ -1,0 +1,56 @@
+# Two commands do everything: `make reproduce-table2` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+PROFILE ?= quick
+SET ?=
+BIN := .venv/bin
+SETTINGS := $(foreach setting,$(SET),--set '$(setting)')
+
+.DELETE_ON_ERROR:
+.PHONY: help setup list reports lab test test-all check clean
+
+## help                 this list
+help:
+	@grep '^## ' $(firstword $(MAKEFILE_LIST)) | sed 's/^## //'
+
+## reproduce-ID         train what is missing and leave reports/ID-PROFILE.html
+##                      [PROFILE=quick] [SET="key=value key=value"]
+reproduce-%: .venv/ready
+	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)' $(SETTINGS)
+
+## list                 tables and their profiles
+list: .venv/ready
+	@$(BIN)/python -m replib list
+
+## reports              render every page that has evidence; trains nothing
+reports: .venv/ready
+	@$(BIN)/python -m replib reports
+
+## lab                  JupyterLab on the notebooks
+lab: .venv/ready
+	$(BIN)/jupyter lab notebooks
+
+## test                 the fast tests
+test: .venv/ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+## test-all             all tests
+test-all: test
+	$(BIN)/python -m pytest -q -m slow
+
+## check                formatting and lint
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+## setup                the environment in .venv (done by the others when needed)
+setup: .venv/ready
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; say which with PYTHON=/path/to/python3.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+## clean                forget this machine's runs and pages; published evidence stays
+clean:
+	rm -rf reports/runs reports/*.html .pytest_cache .ruff_cache .hypothesis
