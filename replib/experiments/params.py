@@ -309,6 +309,9 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
     values = apply_settings(read_profile(path), list(settings))
     where = f"{path}" + (f" with --set {' '.join(settings)}" if settings else "")
     try:
+        rows = values.get("rows")
+        if isinstance(rows, dict):  # a row set to null is left out
+            values["rows"] = {name: row for name, row in rows.items() if row is not None}
         table = Table.model_validate(values)
     except ValidationError as error:
         raise in_one_line(error, where) from None

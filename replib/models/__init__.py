@@ -32,6 +32,8 @@ def resnet101(*, classes: int, in_channels: int = 3) -> nn.Module:
 
 BODIES = {
     **{f"cifar_repvgg_{name}": partial(cifar_repvgg, name) for name in WIDTH_FACTORS},
+    # For processors: the topology of A1 at half its width.
+    "cifar_repvgg_a1_half": partial(cifar_repvgg, "a1", 0.5),
     "digits": partial(digits_net, 8),
     "digits_wide": partial(digits_net, 24),
     "cifar_resnet110": resnet110,

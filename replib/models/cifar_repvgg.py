@@ -74,12 +74,15 @@ class StageNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def cifar_repvgg(name: str, *, classes: int, block: str = "repvgg", in_channels: int = 3):
-    """RepAn's CIFAR body: name a0 to b3. 32x32 images."""
+def cifar_repvgg(
+    name: str, width: float = 1.0, *, classes: int, block: str = "repvgg", in_channels: int = 3
+) -> StageNet:
+    """RepAn's CIFAR body: name a0 to b3, for 32x32 images; `width` scales every stage (ours)."""
     first, last = WIDTH_FACTORS[name]
     factors = (first,) * 4 + (last,)
     widths = [int(base * f) for base, f in zip((16, 16, 32, 64, 64), factors, strict=True)]
     widths[0] = int(min(16, 16 * first))
+    widths = [int(width * channels) for channels in widths]
     return StageNet(
         DEPTHS[name[0]],
         widths,
@@ -90,7 +93,9 @@ def cifar_repvgg(name: str, *, classes: int, block: str = "repvgg", in_channels:
     )
 
 
-def digits_net(width: int, *, classes: int, block: str = "repvgg", in_channels: int = 1):
+def digits_net(
+    width: int, *, classes: int, block: str = "repvgg", in_channels: int = 1
+) -> StageNet:
     """The same layout shrunk to 8x8 images: four stages, the map halved twice."""
     widths = (width, width, 2 * width, 4 * width)
     return StageNet(

@@ -2,7 +2,7 @@
 
     digits       scikit-learn's handwritten digits, 8x8 grey, bundled with the library
     cifar10/100  through torchvision, downloaded on first use into the data folder
-    imagefolder  any tree train/CLASS/*, val/CLASS/*
+    imagefolder  any tree train/CLASS/*, val/CLASS/* (or test/CLASS/*)
 
 The test split is fixed. Training images are drawn from the training split anew for every seed;
 under the `clean` protocol a part of them is held out and selects the checkpoint, under `paper`
@@ -172,33 +172,32 @@ def load_cifar(name: str, folder: Path) -> Dataset:
 
 
 def load_imagefolder(folder: Path, image_size: int | None) -> Dataset:
-    """A tree train/CLASS/*, val/CLASS/* in memory, resized to squares of `image_size`.
+    """A tree train/CLASS/*, val/CLASS/* (or test/) in memory, resized to squares of `image_size`.
 
     Decoded arrays are kept in the cache folder, so that other processes need not decode again.
     """
-    parts = {}
-    for part in ("train", "val"):
-        root = folder / part
-        if not root.is_dir():
+    test = "val" if (folder / "val").is_dir() else "test"
+    for part in ("train", test):
+        if not (folder / part).is_dir():
             raise UserError(
-                f"data_dir (={folder}) has no folder {part!r}: expected train/CLASS/* and "
-                "val/CLASS/*."
+                f"data_dir (={str(folder)!r}) has no folder {part!r}: expected train/CLASS/* and "
+                "val/CLASS/* (or test/CLASS/*)."
             )
-        parts[part] = listing(root)
+    parts = {part: listing(folder / part) for part in ("train", test)}
     classes = sorted(parts["train"])
-    strange = sorted(set(parts["val"]) - set(classes))
+    strange = sorted(set(parts[test]) - set(classes))
     if strange:
-        raise UserError(f"{folder / 'val' / strange[0]} is a class that train does not have.")
+        raise UserError(f"{folder / test / strange[0]} is a class that train does not have.")
     size = image_size or natural_size(next(iter(parts["train"].values()))[0])
     total = sum(len(files) for part in parts.values() for files in part.values())
     if total * size * size * 3 > 16e9:
         raise UserError(
-            f"data_dir (={folder}) holds {total} images: at image_size {size} they need "
+            f"data_dir (={str(folder)!r}) holds {total} images: at image_size {size} they need "
             f"{total * size * size * 3 / 1e9:.0f} GB of memory; choose a smaller image_size."
         )
     name = f"imagefolder:{folder.name}"
     arrays = []
-    for part in ("train", "val"):
+    for part in parts:
         files = [(file, classes.index(c)) for c, files in parts[part].items() for file in files]
         arrays.append(decoded([file for file, _ in files], size))
         arrays.append(np.array([label for _, label in files], dtype=np.int64))
