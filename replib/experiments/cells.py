@@ -266,9 +266,7 @@ def cycle_of(cell: Cell, model: nn.Module) -> cycle.Cycle | None:
     """The cycle of a cell, or None for plain training."""
     if cell.cycle is None:
         return None
-    wanted = cell.cycle.model_dump(exclude={"reseed"})
-    made = cycle.Cycle(model, **wanted, seed=derive(cell.seed, "redraw"))
-    return made
+    return cycle.Cycle(model, **cell.cycle.model_dump(), seed=derive(cell.seed, "redraw"))
 
 
 def recipe_of(cell: Cell) -> Recipe:

@@ -81,6 +81,8 @@ class Cycle:
     rate_schedule, restructure, freeze: keys of `RATE_SCHEDULES`, `RESTRUCTURE`, `FREEZE`.
     norm: what happens to the main norm (`replib.branches.NORM_AT_RESTORE`); by default the
     family's for official, "match" for preserving ("unit" without images).
+    rule: how side branches are drawn (`replib.branches.RULES`); reseed: every cycle draws the
+    same numbers, as the released code does.
     Blocks without side branches, or that cannot be inverted, are kept and listed in `kept`.
     """
 
@@ -95,6 +97,7 @@ class Cycle:
         freeze: str = "none",
         norm: str | None = None,
         rule: str = "repan",
+        reseed: bool = False,
         seed: int = 0,
     ):
         for name, value, known in (
@@ -111,7 +114,8 @@ class Cycle:
         self.rate_at = RATE_SCHEDULES[rate_schedule or default]
         self.model, self.warmup, self.fidelity = model, warmup, fidelity
         self.restructure, self.freeze, self.norm, self.rule = restructure, freeze, norm, rule
-        self.seed, self.cycle, self.current_epoch = seed, -1, 0
+        self.reseed, self.seed = reseed, seed
+        self.cycle, self.current_epoch = -1, 0
         blocks = outermost_blocks(model)
         self.blocks = {n: b for n, b in blocks.items() if b.side_branches and b.invertible}
         self.kept = {
@@ -126,7 +130,8 @@ class Cycle:
         The model's train or eval mode is left as it was.
         """
         self.cycle += 1
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.cycle)
+        turn = 0 if self.reseed else self.cycle
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * turn)
         if self.restructure == "redraw":
             for block in self.blocks.values():
                 block.redraw(self.rule, generator)

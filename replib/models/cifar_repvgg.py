@@ -96,8 +96,12 @@ def cifar_repvgg(
 def digits_net(
     width: int, *, classes: int, block: str = "repvgg", in_channels: int = 1
 ) -> StageNet:
-    """The same layout shrunk to 8x8 images: four stages, the map halved twice."""
-    widths = (width, width, 2 * width, 4 * width)
+    """The same layout shrunk to 8x8 images: three stages of one, two and two blocks."""
     return StageNet(
-        (1, 1, 2, 1), widths, (1, 1, 2, 2), classes=classes, block=block, in_channels=in_channels
+        (1, 2, 2),
+        (width, 2 * width, 4 * width),
+        (1, 2, 2),
+        classes=classes,
+        block=block,
+        in_channels=in_channels,
     )

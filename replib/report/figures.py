@@ -36,7 +36,7 @@ def curves(results: Results, published: bool = False) -> Figure | None:
     style()
     panels = groups(results)
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 3.3 * len(panels)), sharex=True, squeeze=False
+        len(panels), 1, figsize=(11, 3 * len(panels)), sharex=True, squeeze=False
     )
     for axis, (control, rows) in zip(axes[:, 0], panels.items(), strict=True):
         low = []
@@ -49,14 +49,14 @@ def curves(results: Results, published: bool = False) -> Figure | None:
             axis.fill_between(
                 mean.index, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
             )
-            low.append(mean.iloc[len(mean) // 4 :].min())
+            low.append(mean.iloc[len(mean) // 4 :].quantile(0.1))
         starts = history[(history.row == control) & history.own & (history.epoch == 0)]
         for epoch in sorted(set(starts.total_epoch)):
             axis.axvline(epoch - 0.5, color=MUTED, ls="--", lw=1)
         if low:
             axis.set_ylim(max(0, min(low) - 3), None)
         axis.set_ylabel("test accuracy, %")
-        axis.legend(frameon=False, fontsize="small", loc="lower right")
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel(
         "epoch (dashed: merge, redraw, restore; in the control, a warm restart; band: standard error)"
     )

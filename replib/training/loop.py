@@ -115,7 +115,8 @@ def fit(
     deadline: `time.monotonic()` after which the run checkpoints and raises OutOfTime.
     tick: called after every epoch.
     """
-    model, recipe = task.model.to(task.device), task.recipe
+    model = task.model.to(task.device, memory_format=torch.channels_last)
+    recipe = task.recipe
     progress, optimizer = Progress(), None
     train_images = task.data.train_images[task.train].to(task.device)
     train_labels = task.data.train_labels[task.train].to(task.device)
@@ -213,7 +214,8 @@ def train_epoch(
         x = augmented(
             images[batch], generator, crop_padding=recipe.crop_padding, flip=recipe.flip
         )
-        x, y = task.data.normalised(x, task.device), labels[batch]
+        x = task.data.normalised(x, task.device).contiguous(memory_format=torch.channels_last)
+        y = labels[batch]
         loss = task.loss(model(x), y, x)
         optimizer.zero_grad()
         loss.backward()
