@@ -150,6 +150,11 @@ class Convolution(Piece):
         offset: bool = False,
     ):
         super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"in_channels (={in_channels}) and out_channels (={out_channels}) must be "
+                f"divisible by groups (={groups})."
+            )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.dilation = tuple(dilation or (1,) * len(size))
         self.extent = tuple(d * (k - 1) + 1 for k, d in zip(size, self.dilation, strict=True))

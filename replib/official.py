@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from replib.blocks import RepBlock
+from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg
 from replib.models.layers import SqueezeExcite
@@ -34,11 +34,12 @@ SQUEEZE_EXCITE = {"use_se": ("se", 16), "use_post_se": ("post_se", 4)}  # name, 
 class Architecture:
     """How a released network is laid out.
 
-    build: classes -> our body; classifier: the official weight whose rows are the classes;
+    sources: family -> what names its blocks; build: classes -> our body;
+    classifier: the official weight whose rows are the classes;
     renames: (pattern of our module path, official path), the first that matches whole counts.
     """
 
-    source: str
+    sources: Mapping[str, str]
     build: Callable[..., nn.Module]
     classifier: str
     renames: Renames
@@ -46,7 +47,7 @@ class Architecture:
 
 ARCHITECTURES = {
     f"repan_repvgg_{name}": Architecture(
-        "repan_repvgg",
+        {"repvgg": "repan_repvgg"},
         partial(cifar_repvgg, name),
         "fc.weight",
         ((r"stages\.(\d+)\.(\d+)\.block", r"stages.\1.sequential.\2"),),
@@ -84,12 +85,15 @@ def block_entries(block: nn.Module, source: Source) -> Iterator[tuple[str, Entry
 
 
 def entries(
-    module: nn.Module, source: Source, renames: Renames = (), path: str = ""
+    module: nn.Module, sources: Mapping[type, Source], renames: Renames, path: str = ""
 ) -> Iterator[tuple[str, Entry]]:
     """(official key, Entry) for every tensor of a network, in the order of its modules."""
     theirs = renamed(path, renames)
     if isinstance(module, RepBlock | RepMLP):
-        for key, entry in block_entries(module, source):
+        if type(module) not in sources:
+            known = ", ".join(family.__name__ for family in sources)
+            raise ValueError(f"{path} is a {type(module).__name__}; the layout has {known} only.")
+        for key, entry in block_entries(module, sources[type(module)]):
             ours = tuple(joined(path, name) for name in entry.ours)
             yield joined(theirs, key), entry._replace(ours=ours)
         return
@@ -98,7 +102,7 @@ def entries(
             yield joined(theirs, name), verbatim(joined(path, name))
     # Released codes register squeeze-excite before the branches.
     for name, child in sorted(module.named_children(), key=lambda c: isinstance(c[1], RepBlock)):
-        yield from entries(child, source, renames, joined(path, name))
+        yield from entries(child, sources, renames, joined(path, name))
 
 
 @torch.no_grad()
@@ -169,7 +173,14 @@ def named(kind: str, name: str, known: Mapping):
 def block_table(module: nn.Module, source: str) -> dict[str, Entry]:
     """Official key -> Entry for what `load_block` returns."""
     layout = named("source", source, SOURCES)
-    return dict(entries(module, layout, layout.around))
+    family = type(getattr(module, "block", module))
+    return dict(entries(module, {family: layout}, layout.around))
+
+
+def model_table(model: nn.Module, layout: Architecture) -> dict[str, Entry]:
+    """Official key -> Entry for a network."""
+    sources = {BLOCKS[family]: SOURCES[source] for family, source in layout.sources.items()}
+    return dict(entries(model, sources, layout.renames))
 
 
 def load_block(source: str, kwargs: Mapping, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -208,15 +219,14 @@ def load_model(path_or_state: str | Path | Mapping, arch: str) -> nn.Module:
     if layout.classifier not in state:
         raise ValueError(f"the file does not fit this architecture; missing: {layout.classifier}.")
     model = layout.build(classes=len(state[layout.classifier]))
-    return fill(model, dict(entries(model, SOURCES[layout.source], layout.renames)), state)
+    return fill(model, model_table(model, layout), state)
 
 
 def export(model: nn.Module, arch: str, epoch: int = 0) -> dict:
     """{"epoch", "model_state"}: what the official script loads, in its names and order.
 
     Merged convolutions are filled from the current merge; lambda is not part of the layout.
-    Raises: ValueError for an architecture that is not known.
+    Raises: ValueError for an architecture that is not known, or blocks that it does not have.
     """
-    layout = named("arch", arch, ARCHITECTURES)
-    table = dict(entries(model, SOURCES[layout.source], layout.renames))
+    table = model_table(model, named("arch", arch, ARCHITECTURES))
     return {"epoch": epoch, "model_state": written(model, table)}

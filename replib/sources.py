@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 
 
 Table = dict[str, str | Entry]
+BN: Table = {"bn": "post_norm.norm"}  # of the blocks with one norm after the sum
 
 
 def derived(compute: Callable[[], Tensor]) -> Entry:
@@ -140,6 +141,17 @@ def replk(block: RepBlock) -> Table:
     return {
         **layers("large", "lkb_origin.conv", "lkb_origin.bn"),
         **layers("small", "small_conv.conv", "small_conv.bn"),
+    }
+
+
+def csla(block: RepBlock) -> Table:
+    return {
+        "conv": "branches.conv.0",
+        "scale_conv": "branches.conv.1",
+        "conv_1x1": "branches.1x1.0",
+        "scale_1x1": "branches.1x1.1",
+        "scale_identity": "branches.identity",
+        **BN,
     }
 
 
@@ -268,9 +280,6 @@ def linear_branches(tree: nn.Module, at: str, name: str, spare_row: bool = False
     return table
 
 
-BN = {"bn": "post_norm.norm"}
-
-
 def orepa(block: RepBlock) -> Table:
     return linear_branches(block, "branches", "weight_orepa_") | BN
 
@@ -362,6 +371,7 @@ SOURCES = {
     "mobileone": Source(build_mobileone, mobileone, "reparam_conv"),
     "replk": Source(family("replk", small="small_kernel"), replk, "lkb_reparam"),
     "dyrep": Source(build_dyrep, dyrep, "conv_deployed"),
+    "repopt_csla": Source(family("csla"), csla, "conv"),
     "repmlp": Source(build_repmlp, repmlp, "fc3"),
     "repan_repvgg": Source(build_repan_repvgg, repan_repvgg, "rep_conv"),
     "repan_dbb": Source(family("dbb"), always_merged("dbb_reparam", dbb), "dbb_reparam"),

@@ -318,7 +318,9 @@ def inner(block, name):
     """Whether a parameter lies before a padded inner norm, whose border has no gradient."""
     _, branch, position, *_ = name.split(".")
     chain = block.branches[branch]
-    return position.isdigit() and any(isinstance(p, Norm) for p in chain[:-1])
+    return position.isdigit() and any(
+        isinstance(module, Norm) for piece in chain[:-1] for module in piece.modules()
+    )
 
 
 # -- bad input ------------------------------------------------------------------------------------

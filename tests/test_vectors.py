@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from replib import official
+from replib import kernels, official
 
 torch.set_num_threads(1)  # blocks this small lose by more
 SHARED = Path(os.environ.get("REPLIB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -154,15 +154,13 @@ def output(module, source, case, x=None):
 
 def test_every_file_has_a_source():
     """No number of the official implementations is passed over."""
-    names = [path.stem for path in VECTORS.glob("*.npz")]
-    entries = [name for path in FIXTURES.glob("*.pt") for name in fixture_file(path.name)]
-    for name, sources in [(n, VECTOR_SOURCES) for n in names] + [
-        (n, FIXTURE_SOURCES) for n in entries
-    ]:
-        assert source_of(name, sources) or name.startswith(NO_BLOCK), name
-    assert set(VECTOR_SOURCES.values()) | set(FIXTURE_SOURCES.values()) == set(official.SOURCES) - {
-        "repan_convbn"
-    }  # it has no numbers of its own
+    for path in VECTORS.glob("*.npz"):
+        assert source_of(path.stem, VECTOR_SOURCES) or path.stem.startswith(NO_BLOCK), path
+    for path in FIXTURES.glob("*.pt"):
+        for name in fixture_file(path.name):
+            assert source_of(name, FIXTURE_SOURCES) or name.startswith(NO_BLOCK), name
+    tested = {*VECTOR_SOURCES.values(), *FIXTURE_SOURCES.values()}
+    assert set(official.SOURCES) - tested == {"repan_convbn", "repopt_csla"}  # parts of networks
 
 
 BLOCK_CASES = [*vectors(False), *fixtures(False)]
@@ -208,6 +206,23 @@ def check_one_step(module, source, case):
     state = official.export_block(module, source)
     for key, theirs in case["buffers_after"].items():
         agree(state[key].double(), theirs.double(), OUTPUT, what=key)
+
+
+@pytest.mark.parametrize("name, source", BLOCK_CASES)
+def test_what_is_no_parameter_is_made_as_released(name, source):
+    """Fixed filters and identities of a new block are those in the file."""
+    case = read(name)
+    new = official.SOURCES[source].build(
+        {k: v for k, v in case["config"].items() if "se" not in k.split("_")}, case["state_before"]
+    )
+    table, state = official.block_table(new, source), official.export_block(new, source)
+    fixed = [key for key, entry in table.items() if not entry.ours or key.endswith("_prior")]
+    for key in fixed:
+        if key.endswith("_prior") and key.startswith(("weight1", "weight2")):
+            continue  # released stems mirror the later ones; a new stem of ours has no reason to
+        # Released cosines are doubles rounded once; so are ours.
+        agree(state[key], case["state_before"][key], 2e-7, what=key)
+    assert bool(fixed) == ("orepa" in source and source not in ("orepa_1x1", "orepa_stem_base"))
 
 
 @pytest.mark.parametrize("name, source", [*BLOCK_CASES, *CYCLE_CASES])
@@ -262,6 +277,62 @@ def test_a_turn_of_the_cycle(name, source):
         official.fill(block, table, after)
         block.set_rate(case["lambda"])
         check_one_step(block, source, case)
+
+
+# DyRep's released cut and growth leave eval mode off by sqrt(1 + 1e-5), the epsilon of the norm
+# that they reset; ours does not.
+EPSILON = (1 + 1e-5) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["dyrep_full", "dyrep_s2_g2", "dyrep_depthwise"])
+@torch.no_grad()
+def test_cutting_branches_of_dyrep(name):
+    config, case = read(f"dyrep.pt/{name}")["config"], read(f"dyrep.pt/{name}_cut")
+    block = official.load_block("dyrep", config, case["state_before"]).eval()
+    agree(block(case["x"]), case["y_before"], OUTPUT, what="before")
+    whole = block.merged()
+    kept = {k: v for k, v in case["state_before"].items() if k in case["state_after"]}
+    block = official.load_block("dyrep", config | {"branches": case["keep"]}, kept).eval()
+    block.restore(whole, "preserving")
+    agree(block(case["x"]), case["y_before"], OUTPUT, what="after")
+    agree(block(case["x"]), case["y_after"], 1e-5, what="after, released")
+    check_dyrep_state(block, case["state_after"])
+
+
+@torch.no_grad()
+def test_growing_a_convolution_into_dyrep():
+    case = read("dyrep.pt/dyrep_grow_no_recal")
+    config = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+    block = official.load_block("dyrep", config, case["state_after"]).eval()
+    weight = case["conv_weight"]
+    block.restore(kernels.Kernel(weight, weight.new_zeros(6)), "preserving")
+    agree(block.merged().weight, weight, OUTPUT, what="merged weight")
+    check_dyrep_state(block, case["state_after"])
+
+
+def check_dyrep_state(block, released):
+    for key, ours in official.export_block(block, "dyrep").items():
+        ours = ours / EPSILON if key.startswith("dbb_kxk.conv") else ours
+        agree(ours.double(), released[key].double(), OUTPUT, what=key)
+
+
+@torch.no_grad()
+def test_the_linear_addition_blocks_of_repoptimizers():
+    """The released network of the hyper-search, block by block."""
+    case = read("repopt-vgg-1-2-1-1")
+    state, x = under(case, "hs/"), case["x"]
+    paths = [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]
+    channels = x.shape[1]
+    for path in paths:
+        own = under(state, f"{path}.")
+        config = {"in_channels": channels, "out_channels": len(own["conv.weight"])}
+        config["stride"] = 1 if "scale_identity.weight" in own else 2
+        x = official.load_block("repopt_csla", config, own).eval()(x).relu()
+        channels = x.shape[1]
+    logits = torch.nn.functional.linear(
+        x.mean((2, 3)), state["linear.weight"], state["linear.bias"]
+    )
+    agree(logits, case["hs_y_eval"], OUTPUT)
 
 
 def digest(state: dict) -> str:

@@ -87,9 +87,9 @@ class Geometry:
     def average_pool(self, channels: int | None = None) -> AveragePool:
         return AveragePool(channels or self.out_channels, self.kernel_size, self.dilation)
 
-    def identity(self) -> AveragePool:
+    def identity(self, channels: int | None = None) -> AveragePool:
         """The input as it is: its average over one pixel."""
-        return AveragePool(self.in_channels, (1,) * self.dims)
+        return AveragePool(channels or self.in_channels, (1,) * self.dims)
 
 
 # What a block may be asked for beyond a plain 2-D convolution; `RepBlock.cannot` refuses some.

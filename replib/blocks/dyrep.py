@@ -1,4 +1,6 @@
-"""DyRep: Huang et al., "DyRep", CVPR 2022, section 3: branches that come and go in training."""
+"""DyRep: Huang et al., "DyRep: Bootstrapping Training with Dynamic Re-parameterization",
+CVPR 2022, section 3: branches that come and go in training.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class CSLA(RepBlock):
     Constant-scale linear addition. With trainable_scales=True it is the network of the
     hyper-search; otherwise the scales of the convolutions are constants (the identity's is not).
     initial: both scales at first (official: 1, later in a stage sqrt(2 / i)).
-    Source: Ding et al., "Re-parameterizing Your Optimizers", ICLR 2023, section 3.
+    Source: Ding et al., "Re-parameterizing Your Optimizers", ICLR 2023, section 3.1.
     """
 
     main_name = "conv"
@@ -32,7 +32,7 @@ class CSLA(RepBlock):
 class QARepVGG(RepBlock):
     """RepVGG for quantization: the norms of the 1x1 and of the identity moved behind the sum.
 
-    Source: Chu et al., "Make RepVGG Greater Again", AAAI 2024, section 3.3 (setting S4).
+    Source: Chu et al., "Make RepVGG Greater Again", AAAI 2024, section 3.
     """
 
     main_name = "dense"
@@ -47,7 +47,7 @@ class QARepVGG(RepBlock):
 class ExpandNet(RepBlock):
     """1x1, k x k, 1x1 with more channels in between, and one norm; it cannot be inverted.
 
-    Source: Guo et al., "ExpandNets", NeurIPS 2020, section 3.1 (the convolutional layer).
+    Source: Guo et al., "ExpandNets", NeurIPS 2020, section 3.
     """
 
     main_name = "layers"

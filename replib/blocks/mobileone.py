@@ -1,4 +1,4 @@
-"""MobileOne: Vasu et al., "MobileOne", CVPR 2023, section 3.2; and plain duplication."""
+"""MobileOne: Vasu et al., "MobileOne", CVPR 2023, section 3; and plain duplication."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MobileOne(RepBlock):
 
 
 class Duplicate(RepBlock):
-    """The same k x k convolution n times, each with its own norm (DBB section 4.4: "double")."""
+    """The same k x k convolution n times, each with its own norm (an ablation of DBB)."""
 
     main_name = "conv0"
 

@@ -1,4 +1,4 @@
-"""OREPA: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, sections 3.2 to 3.4.
+"""OREPA: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, section 3.
 
 All branches are linear, without norms: a trainable scale per channel stands in for each, the
 branches are squeezed into one kernel in every step, and one norm follows.
