@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from replib.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
 def parser() -> argparse.ArgumentParser:
     """Commands and their arguments."""
-    out = argparse.ArgumentParser(prog="replib", description=__doc__)
+    out = Parser(prog="replib", description=__doc__)
     commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def table_command(name: str, text: str) -> argparse.ArgumentParser:
@@ -31,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
         command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    run.add_argument(
+        "--checkpoint-seconds", type=float, default=15, help="at most so much is done twice"
+    )
     run.add_argument("--out", type=Path, help="also write the evidence of this table to one file")
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     commands.add_parser("list", help="tables, profiles and what they need")
@@ -49,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     done = results.train(
         workers=positive("--workers", arguments.workers),
         budget_seconds=positive("--budget-seconds", arguments.budget_seconds),
+        checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
         device=arguments.device,
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
@@ -121,7 +134,7 @@ def reports(arguments: argparse.Namespace) -> None:
 
 
 def evidence(arguments: argparse.Namespace) -> None:
-    from replib.experiments.store import KEY_LENGTH, Store, compact, read_evidence, sha256
+    from replib.experiments.store import Store, compact, read_evidence, sha256
     from replib.training.checkpoint import write_bytes
 
     store = Store()
@@ -136,14 +149,14 @@ def evidence(arguments: argparse.Namespace) -> None:
         try:
             found = json.loads(path.read_bytes())["evidence"]
             right = all(e["result_sha256"] == sha256(e["result"]) for e in found)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no bundle of evidence ({error}).") from None
-        if not right:
+            keys = [str(e["result"]["key"]) for e in found if "context" in e]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is no bundle of evidence ({error!r}).") from None
+        if not right or len(keys) < len(found):
             raise UserError(f"{path}: a result does not match its hash; nothing was taken.")
-        for one in found:
-            name = str(one["result"]["key"])[:KEY_LENGTH]
-            if len(name) != KEY_LENGTH or not all(c in "0123456789abcdef" for c in name):
-                raise UserError(f"{path}: key (={name!r}) is not one of a cell; nothing taken.")
+        for key in keys:
+            if not re.fullmatch(r"[0-9a-f]{64}", key):
+                raise UserError(f"{path}: key (={key!r}) is not one of a cell; nothing was taken.")
         for one in found:
             write_bytes(store.published_path(one["result"]["key"]), compact(one))
         print(f"{len(found)} evidence files from {path} are in {store.published}.")
@@ -173,8 +186,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 with one line on standard error for a user's mistake."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"replib: {error}", file=sys.stderr)

@@ -87,9 +87,7 @@ def versions_of(cell: Cell) -> dict[str, int]:
 def key_of(cell: Cell, data_digest: str) -> str:
     """SHA-256 over the resolved parameters, the data's digest and the versions."""
     parameters = cell.model_dump(exclude={"data_dir"})
-    return sha256(
-        {"parameters": parameters, "data": data_digest, "versions": versions_of(cell)}
-    )
+    return sha256({"parameters": parameters, "data": data_digest, "versions": versions_of(cell)})
 
 
 def plan(table: Table) -> Plan:
@@ -148,9 +146,7 @@ def new_model(cell: Cell) -> nn.Module:
     data = load(cell.data, cell.data_dir, cell.image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(cell.seed, "initialisation"))
-        return build(
-            cell.body, cell.block, classes=len(data.classes), in_channels=data.in_channels
-        )
+        return build(cell.body, cell.block, classes=len(data.classes), in_channels=data.in_channels)
 
 
 def trained_model(planned: Planned, store: Store) -> nn.Module:
@@ -190,6 +186,7 @@ def run_cell(
     *,
     device: str = "cpu",
     deadline: float | None = None,
+    checkpoint_seconds: float = 15,
     tick: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -230,7 +227,14 @@ def run_cell(
     def keep(state: dict) -> None:
         store.save(key, "checkpoint", state | {"seconds": spent + time.monotonic() - started})
 
-    progress = fit(task, resume=resume, checkpoint=keep, deadline=deadline, tick=tick)
+    progress = fit(
+        task,
+        resume=resume,
+        checkpoint=keep,
+        checkpoint_seconds=checkpoint_seconds,
+        deadline=deadline,
+        tick=tick,
+    )
     model.load_state_dict(progress.best["weights"])
     images = planned.epochs * len(splits.train)
     selected = progress.history[progress.best["index"]]

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from queue import Empty
 
 import torch
 from tqdm import tqdm
@@ -49,7 +48,12 @@ def start_worker(ticks, threads: int) -> None:
 
 
 def work(
-    planned: Planned, cells: dict[str, Planned], store: Store, device: str, deadline: float | None
+    planned: Planned,
+    cells: dict[str, Planned],
+    store: Store,
+    device: str,
+    deadline: float | None,
+    checkpoint_seconds: float,
 ) -> bool:
     """In a worker: one cell. True when it was finished, False when time ran out."""
     try:
@@ -59,6 +63,7 @@ def work(
             store,
             device=device,
             deadline=deadline,
+            checkpoint_seconds=checkpoint_seconds,
             tick=lambda: _ticks.put(1),
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
@@ -79,6 +84,7 @@ def run_plan(
     workers: int | None = None,
     device: str | None = None,
     budget_seconds: float | None = None,
+    checkpoint_seconds: float = 15,
     title: str = "",
 ) -> Outcome:
     """Train the missing cells, parents before children, with progress and time left.
@@ -107,8 +113,7 @@ def run_plan(
     waiting = {planned.key: planned for planned in missing}
     running: dict[Future, Planned] = {}
     trained = stopped = 0
-    manager = spawn.Manager()
-    ticks = manager.Queue()
+    ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
     pool = ProcessPoolExecutor(workers, spawn, start_worker, (ticks, 1))
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
@@ -131,7 +136,8 @@ def run_plan(
                 if late or blocked or len(running) >= workers:
                     continue
                 family = {k: plan.cells[k] for k in (key, *planned.parents.values())}
-                running[pool.submit(work, planned, family, store, device, deadline)] = planned
+                options = (store, device, deadline, checkpoint_seconds)
+                running[pool.submit(work, planned, family, *options)] = planned
                 del waiting[key]
             if not running:
                 break
@@ -159,14 +165,10 @@ def run_plan(
         for process in list((pool._processes or {}).values()):
             process.terminate()  # nothing is lost: see the docstring
         pool.shutdown(wait=True, cancel_futures=True)
-        manager.shutdown()
     return Outcome(trained, present, stopped + len(waiting))
 
 
 def drain(ticks, bar: tqdm) -> None:
     """Show the epochs that workers have finished."""
-    while True:
-        try:
-            bar.update(ticks.get_nowait())
-        except Empty:
-            return
+    while not ticks.empty():
+        bar.update(ticks.get())

@@ -7,13 +7,15 @@ uses and the rows it starts from, and `seeds` makes every row into one cell per 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
@@ -21,8 +23,9 @@ from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
 from replib.models import BODIES
 from replib.training.data import DATA
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=10**6)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
+Pixels = Annotated[int, Field(ge=0, le=100)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
@@ -77,7 +80,7 @@ class Cell(Strict):
     decay: Literal["all", "weights"] = "all"
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     clip: Literal["all", "decayed"] = "all"
-    crop_padding: Count = 0
+    crop_padding: Pixels = 0
     flip: bool = False
     next_start: Literal["best", "last"] = "best"
     cycle: CycleParams | None = None
@@ -99,6 +102,24 @@ class Cell(Strict):
                     f"below epochs (={self.epochs}): the main branch would never train"
                 )
         return self
+
+
+def fragment(model: type[Strict]) -> type[Strict]:
+    """The same keys, types and ranges, none of them required: what a recipe may state."""
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        optional, kind = copy.copy(info), info.annotation
+        optional.default = None
+        for nested in (CycleParams, DistillParams):
+            if kind == nested | None:
+                kind = fragment(nested) | None
+        if name not in GIVEN:
+            fields[name] = (kind, optional)
+    return create_model(model.__name__, __base__=Strict, **fields)
+
+
+GIVEN = ("seed", "start", "teacher")  # of a cell: set by `seeds` and by the row, nowhere else
+Fragment = fragment(Cell)
 
 
 class Row(Strict):
@@ -142,9 +163,11 @@ class Table(Strict):
         """Every row and recipe that is named is there."""
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds (={self.seeds}) must differ from each other")
+        for kind, names in (("row", self.rows), ("recipe", self.recipes)):
+            for name in names:
+                if not name.isidentifier():
+                    raise ValueError(f"{kind}s.{name}: the name of a {kind} must be one plain word")
         for name, row in self.rows.items():
-            if not name.isidentifier():
-                raise ValueError(f"rows.{name}: the name of a row must be a plain identifier")
             for recipe in row.use:
                 if recipe not in self.recipes:
                     raise ValueError(
@@ -209,7 +232,18 @@ def merged(base: dict, changes: dict) -> dict:
 
 # -- YAML, read as data only ---------------------------------------------------------------------
 class Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number."""
+    """Safe YAML without tags, aliases, dates and duplicate keys; it reads 1e-4 as a number."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        line = f"(line {event.start_mark.line + 1})"
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise yaml.YAMLError(f"anchors and aliases (& and *) are not allowed {line}")
+        if event.tag is not None:
+            raise yaml.YAMLError(f"the tag {event.tag} is not allowed {line}")
+        if isinstance(event, yaml.ScalarEvent):
+            event.value.encode()  # half a surrogate pair is no text
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -223,7 +257,7 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith("float")]
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(("float", "timestamp"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(
@@ -238,7 +272,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)  # a SafeLoader: builds no objects
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{where}: not readable as YAML: {problem}{line}.") from None
@@ -251,7 +285,7 @@ def read_profile(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from None
+        raise UserError(f"{path}: cannot be read as text ({error}).") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of keys to values.")
@@ -260,19 +294,23 @@ def read_profile(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str) or Path(base).name != base:
+    if not isinstance(base, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", base):
         raise UserError(f"{path}: extends (={base!r}) must be a file name in the same folder.")
     return merged(read_profile(path.with_name(base), (*seen, path)), values)
 
 
 def apply_settings(values: dict, settings: list[str]) -> dict:
     """`--set key=value` over a profile; key may be dotted, the value is read as YAML."""
+    given: set[str] = set()
     for setting in settings:
         key, sign, text = setting.partition("=")
-        where = f"--set {setting}"
-        parts = key.strip().split(".")
-        if not sign or not all(part.isidentifier() for part in parts):
+        where, key = f"--set {setting}", key.strip()
+        parts = key.split(".")
+        if not sign or len(parts) > 8 or not all(part.isidentifier() for part in parts):
             raise UserError(f"{where}: expected key=value, the key in plain names and dots.")
+        if key in given:
+            raise UserError(f"{where}: the key {key} is set twice.")
+        given.add(key)
         change: Any = parse_yaml(text, where)
         for part in reversed(parts):
             change = {part: change}
@@ -280,25 +318,36 @@ def apply_settings(values: dict, settings: list[str]) -> dict:
     return values
 
 
-def in_one_line(error: ValidationError, where: str) -> UserError:
+def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserError:
     """A pydantic error as our one line: file, key, value, what is allowed."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "parameters"
+    loc = [str(part) for part in first["loc"] if part != "[key]"]
+    key = prefix + ".".join(loc)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "no such key"
-        model: Any = {"cell": Cell}.get(error.title.lower(), Table)
-        parent = ".".join(key.split(".")[:-1])
-        for name, kind in (("cycle", CycleParams), ("distill", DistillParams)):
-            if parent.endswith(name):
-                model = kind
-        if parent.startswith("rows"):
-            model = Row
+        model: Any = Fragment if error.title == "Cell" else Table
+        nested = {"rows": Row, "claims": Claim, "cycle": CycleParams, "distill": DistillParams}
+        for part in loc[:-1]:
+            model = nested.get(part, model)
+        near = get_close_matches(loc[-1], model.model_fields, n=1)
+        message = "no such key" + (f", perhaps {near[0]} is meant" if near else "")
         message += f"; the keys here are {', '.join(model.model_fields)}"
+        if model is Fragment and loc[-1] in GIVEN:
+            message += f" ({loc[-1]} comes from seeds, or from a row's own start and teacher)"
     value = first.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else f" (={value!r})"
+    shown = "" if isinstance(value, dict | BaseModel) else f" (={short(value)})"
+    shown = f"{key}{shown}: " if key else ""
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    return UserError(f"{where}: {key}{shown}: {message}{more}.")
+    return UserError(f"{where}: {shown}{message}{more}.")
+
+
+def short(value: object) -> str:
+    """A value for a message; it may be longer than a line, or a number too long to print."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load_table(path: Path, settings: list[str] = ()) -> Table:
@@ -315,6 +364,14 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
         table = Table.model_validate(values)
     except ValidationError as error:
         raise in_one_line(error, where) from None
+    groups = {"cell.": table.cell}
+    groups |= {f"recipes.{name}.": recipe for name, recipe in table.recipes.items()}
+    groups |= {f"rows.{name}.set.": row.set for name, row in table.rows.items()}
+    for prefix, group in groups.items():
+        try:
+            Fragment.model_validate(group)
+        except ValidationError as error:
+            raise in_one_line(error, where, prefix) from None
     for row in table.rows:
         check_row(table, row, where)
     return table

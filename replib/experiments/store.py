@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from replib.training import checkpoint
@@ -79,20 +80,23 @@ class Store:
 
     def save(self, key: str, name: str, state: dict) -> None:
         """Store "weights" or "checkpoint" of a cell."""
-        checkpoint.save(self.folder(key) / f"{name}.ckpt", key, state)
+        checkpoint.save(self.folder(key) / f"{name}.ckpt", f"{name} {key}", state)
 
     def load(self, key: str, name: str) -> tuple[dict | None, str | None]:
         """(state, None), (None, None) where there is none, or (None, why it was refused)."""
         path = self.folder(key) / f"{name}.ckpt"
         try:
-            return checkpoint.load(path, key), None
-        except (BadCheckpoint, OSError, RuntimeError, KeyError, TypeError, EOFError) as error:
+            return checkpoint.load(path, f"{name} {key}"), None
+        except BadCheckpoint as error:
             path.unlink(missing_ok=True)
             return None, f"{error}: not used, this cell starts again"
 
     def has_weights(self, key: str) -> bool:
         """Whether the selected weights of a cell are at hand and whole."""
-        return self.load(key, "weights")[0] is not None
+        weights, problem = self.load(key, "weights")
+        if problem:
+            print(problem, file=sys.stderr, flush=True)
+        return weights is not None
 
     def clean(self) -> None:
         """Forget this machine's runs; published evidence is never touched."""

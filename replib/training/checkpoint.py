@@ -52,7 +52,11 @@ def load(path: Path, key: str) -> dict | None:
         raise BadCheckpoint(f"{path} is not a checkpoint of replib")
     if hashlib.sha256(payload).digest() != content[len(MAGIC) : head]:
         raise BadCheckpoint(f"{path} is truncated or damaged")
-    stored = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    if stored["key"] != key:
-        raise BadCheckpoint(f"{path} belongs to cell {stored['key'][:12]}, not to {key[:12]}")
-    return stored["state"]
+    try:
+        stored = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+        owner, state = str(stored["key"]), dict(stored["state"])
+    except Exception:  # whatever a foreign pickle provokes; weights_only runs no code of its
+        raise BadCheckpoint(f"{path} is not a checkpoint of replib") from None
+    if owner != key:
+        raise BadCheckpoint(f"{path} belongs to {owner}, not to {key}")
+    return state
