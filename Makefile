@@ -6,7 +6,7 @@ BIN := .venv/bin
 SETTINGS := $(foreach setting,$(SET),--set '$(setting)')
 
 .DELETE_ON_ERROR:
-.PHONY: help setup list reports lab test test-all check clean
+.PHONY: help setup list reports figure lab test test-all check clean
 
 ## help                 this list
 help:
@@ -24,6 +24,10 @@ list: .venv/ready
 ## reports              render every page that has evidence; trains nothing
 reports: .venv/ready
 	@$(BIN)/python -m replib reports
+
+## figure               draw README's picture again, from the published evidence
+figure: .venv/ready
+	@$(BIN)/python -m replib figure table2 --profile quick --out docs/table2-quick.png
 
 ## lab                  JupyterLab on the notebooks
 lab: .venv/ready

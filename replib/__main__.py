@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", type=Path, help="also write the evidence of this table to one file")
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
+    figure = table_command("figure", "draw the gains from the published evidence as a PNG")
+    figure.add_argument("--out", type=Path, required=True, help="the file to write")
     commands.add_parser("list", help="tables, profiles and what they need")
     commands.add_parser("reports", help="render every page that has evidence; trains nothing")
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
@@ -100,6 +102,22 @@ def publish(arguments: argparse.Namespace) -> None:
     missing = len(results.plan.cells) - len(results.own)
     left = f"; {missing} cells have none on this machine" if missing else ""
     print(f"{len(results.own)} evidence files in {results.store.published}{left}.")
+
+
+def figure(arguments: argparse.Namespace) -> None:
+    import io
+
+    from replib.report.figures import gains
+    from replib.report.results import Results
+    from replib.training.checkpoint import write_bytes
+
+    drawn = gains(Results(arguments.table, arguments.profile, arguments.set), published=True)
+    if drawn is None:
+        raise UserError(f"{arguments.table} {arguments.profile} has no published evidence.")
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    write_bytes(arguments.out, content.getvalue())
+    print(arguments.out)
 
 
 def list_tables(arguments: argparse.Namespace) -> None:
@@ -178,6 +196,7 @@ COMMANDS = {
     "run": run,
     "reproduce": reproduce,
     "publish": publish,
+    "figure": figure,
     "list": list_tables,
     "reports": reports,
     "evidence": evidence,

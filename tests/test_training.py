@@ -1,0 +1,193 @@
+"""The training loop: schedules, selection, phases, and resuming bit for bit."""
+
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from replib.convert import outermost_blocks
+from replib.methods.cycle import Cycle, decay_groups
+from replib.models import build
+from replib.training.data import load, split
+from replib.training.loop import (
+    OutOfTime,
+    Recipe,
+    Task,
+    accuracy,
+    cosine,
+    deployed_report,
+    fit,
+    training_flops,
+)
+
+RECIPE = dict(
+    phases=2, epochs=3, batch_size=32, learning_rate=0.3, momentum=0.9, nesterov=True,
+    weight_decay=1e-3, clip_norm=5.0, clip="decayed", crop_padding=1, flip=False,
+    next_start="best", select="validation", reseed_each_phase=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def task(method=True, protocol="clean", **recipe):
+    """A small run on digits: 60 training and 20 held-out images."""
+    digits = load("digits")
+    splits = split(digits, images=80, held_out=20, protocol=protocol, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("digits", "repvgg", classes=10, in_channels=1)
+    cycle = Cycle(model, warmup=2, freeze="skip", fidelity="preserving") if method else None
+    return Task(
+        model=model,
+        data=digits,
+        train=splits.train,
+        validation=splits.validation,
+        recipe=Recipe(**RECIPE | recipe),
+        groups=lambda: decay_groups(model, 1e-3),
+        loss=lambda logits, labels, inputs: F.cross_entropy(logits, labels),
+        seed=0,
+        method=cycle,
+    )
+
+
+def test_cosine_ends():
+    assert cosine(0, 30, 0.75) == 0.75
+    assert cosine(30, 30, 0.75) == pytest.approx(0, abs=1e-15)
+    assert cosine(15, 30, 0.75) == pytest.approx(0.375)
+    rates = [cosine(e, 30, 0.75) for e in range(31)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_same_task_twice_is_the_same_to_the_bit():
+    one, two = fit(task()), fit(task())
+    assert one.history == two.history and one.restarts == two.restarts
+    assert all(torch.equal(v, two.best["weights"][k]) for k, v in one.best["weights"].items())
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_resuming_after_any_epoch_changes_nothing(stop):
+    """Six epochs in two phases, stopped after `stop`, through a file, in a new process's place."""
+    whole, kept, seen = fit(task()), [], []
+
+    class Stopped(Exception):
+        pass
+
+    def tick():
+        seen.append(1)
+
+    def keep(state):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        kept.append(buffer.getvalue())
+        if len(seen) == stop:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(task(), checkpoint=keep, checkpoint_seconds=0, tick=tick)
+    resume = torch.load(io.BytesIO(kept[-1]), weights_only=True)
+    resumed = fit(task(), resume=resume)
+    assert resumed.history == whole.history and resumed.restarts == whole.restarts
+    weights = resumed.best["weights"]
+    assert all(torch.equal(v, weights[k]) for k, v in whole.best["weights"].items())
+
+
+def test_a_deadline_leaves_a_checkpoint():
+    kept = []
+    with pytest.raises(OutOfTime):
+        fit(task(), checkpoint=kept.append, deadline=0.0)
+    assert len(kept) == 1 and len(kept[0]["progress"]["history"]) == 1
+    assert fit(task(), resume=kept[0]).history == fit(task()).history
+
+
+@pytest.mark.parametrize("select, later", [("validation", True), ("test", False)])
+def test_selection_follows_its_own_split(select, later):
+    """Validation: the later of equals, so that the smaller learning rate wins. Test: the first."""
+    protocol = "clean" if select == "validation" else "paper"
+    done = fit(task(method=False, protocol=protocol, phases=1, epochs=8, select=select))
+    scores = [epoch[f"{select}_accuracy"] for epoch in done.history]
+    places = [i for i, score in enumerate(scores) if score == max(scores)]
+    assert done.best["index"] == places[-1 if later else 0]
+    assert (done.history[0]["validation_accuracy"] is None) == (select == "test")
+
+
+@pytest.mark.parametrize("next_start", ["best", "last"])
+def test_a_phase_goes_on_from_the_best_or_the_last(next_start):
+    start = []
+
+    class Watch(Cycle):
+        def start_cycle(self, images=None):
+            start.append({k: v.clone() for k, v in self.model.state_dict().items()})
+            super().start_cycle(images)
+
+    run = task(next_start=next_start, epochs=6, learning_rate=2.0, momentum=0.0, nesterov=False)
+    run.method = Watch(run.model, warmup=2, restructure="none")
+    kept = []
+    done = fit(run, checkpoint=lambda s: kept.append((s["progress"]["epoch"], {
+        k: v.clone() for k, v in s["model"].items()})), checkpoint_seconds=-1)  # fmt: skip
+    first = [epoch for epoch in done.history if epoch["phase"] == 0]
+    best = max(range(6), key=lambda i: (first[i]["validation_accuracy"], i))
+    wanted = kept[best if next_start == "best" else 5][1]
+    assert best != 5, "the two rules must differ for this test to say anything"
+    assert all(torch.equal(v, wanted[k]) for k, v in start[1].items())
+
+
+@pytest.mark.parametrize("reseed", [False, True])
+def test_phases_see_a_new_order_unless_reseeded(reseed):
+    orders = []
+    run = task(method=False, reseed_each_phase=reseed, crop_padding=0)
+    run.loss = lambda logits, labels, inputs: (
+        orders.append(labels.tolist()),
+        F.cross_entropy(logits, labels),
+    )[1]
+    fit(run)
+    batches = math.ceil(60 / 32)
+    assert (orders[:batches] == orders[3 * batches : 4 * batches]) == reseed
+    assert orders[:batches] != orders[batches : 2 * batches]  # epochs always differ
+
+
+@pytest.mark.parametrize("clip, clipped", [("all", True), ("decayed", False)])
+def test_clipping_covers_the_group_that_it_names(clip, clipped):
+    """With a tiny bound and no decay-free clipping, the classifier moves far or hardly at all."""
+    run = task(method=False, clip=clip, clip_norm=1e-6, phases=1, epochs=1, momentum=0.0,
+               nesterov=False)  # fmt: skip
+    before = run.model.fc.bias.detach().clone()
+    fit(run)
+    assert bool((run.model.fc.bias - before).abs().max() < 1e-5) == clipped
+
+
+def test_the_logged_accuracy_is_that_of_the_current_rate():
+    """Evaluation is on the fused network, so a rate that fusing forgot would show."""
+    run = task(phases=1)
+    run.method = Cycle(run.model, warmup=50, rate_schedule="ramp")
+    done = fit(run)
+    model, digits = run.model.eval(), run.data
+    now = accuracy(model, digits, digits.test_images, digits.test_labels, "cpu")
+    assert abs(now - done.history[-1]["test_accuracy"]) < 2 / 797
+    for block in outermost_blocks(model).values():
+        assert block.rate.item() == pytest.approx(done.history[-1]["rate"])
+
+
+def test_flops_are_those_of_the_convolutions():
+    """Forward plus two backward passes per convolution, but for the first layer's input."""
+    run = task(method=False)
+    student, teacher = training_flops(run)
+    assert teacher == 0
+    blocks = list(outermost_blocks(run.model).values())
+    space = [64, 16, 16, 4, 4]
+    macs = [
+        (9 + 1) * b.in_channels * b.out_channels * s for b, s in zip(blocks, space, strict=True)
+    ]
+    last = run.model.fc.in_features * 10
+    assert student == 2 * (3 * sum(macs) - macs[0] + 3 * last)
+    report = deployed_report(run.model, run.data, "cpu")
+    plain = [9 * b.in_channels * b.out_channels * s for b, s in zip(blocks, space, strict=True)]
+    assert report["flops"] == 2 * (sum(plain) + last)
+    assert report["fusing_error"] < 1e-5
