@@ -272,7 +272,8 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)  # a SafeLoader: builds no objects
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        said = [getattr(error, part, None) for part in ("context", "problem")]
+        problem = ": ".join(filter(None, said)) or str(error).partition("\n")[0]
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{where}: not readable as YAML: {problem}{line}.") from None
@@ -385,6 +386,14 @@ def check_row(table: Table, row: str, where: str) -> None:
         cell = Cell.model_validate(table.cell_of(row, table.seeds[0]) | parents)
     except ValidationError as error:
         raise in_one_line(error, f"{where}, row {row}") from None
+    if spec.start in table.rows:
+        parent = table.cell_of(spec.start, table.seeds[0])
+        for key in ("data", "body", "block"):
+            if (theirs := parent.get(key, Cell.model_fields[key].default)) != getattr(cell, key):
+                raise UserError(
+                    f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
+                    f"it starts from, {spec.start} (={theirs!r})."
+                )
     drawn = cell.train_images
     if cell.protocol == "clean" and not 0 < cell.held_out < (drawn or math.inf):
         raise UserError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -44,6 +45,15 @@ def sha256(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def finite(value: object) -> object:
+    """A JSON value with null for what JSON has no word for: the loss of a diverged run."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Store:
     """Where cells leave what they found; see the module."""
 
@@ -69,6 +79,7 @@ class Store:
 
     def write(self, key: str, result: dict, context: dict) -> None:
         """Store the evidence of a finished cell; its checkpoint is no longer needed."""
+        result = finite(result)
         evidence = {"result": result, "result_sha256": sha256(result), "context": context}
         write_bytes(self.own_path(key), compact(evidence))
         (self.folder(key) / "checkpoint.ckpt").unlink(missing_ok=True)

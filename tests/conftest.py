@@ -1,0 +1,69 @@
+"""A project folder of its own for every test that reads or writes reports."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Project:
+    """A copy of params/ and notebooks/ in which commands run; the repository is not touched."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("params", "notebooks"):
+            shutil.copytree(ROOT / name, folder / name)
+        self.environment = os.environ | {
+            "REPLIB_HOME": str(folder),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def table(self, name: str, text: str, profile: str = "tiny") -> None:
+        """Add params/NAME/PROFILE.yaml, with Table 2's notebook under its name."""
+        path = self.folder / "params" / name / f"{profile}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        notebook = (self.folder / "notebooks" / "table2.ipynb").read_text(encoding="utf-8")
+        named = notebook.replace('Page(\\"table2\\"', f'Page(\\"{name}\\"')
+        assert named != notebook
+        (self.folder / "notebooks" / f"{name}.ipynb").write_text(named, encoding="utf-8")
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        """`python -m replib ARGUMENTS` in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "replib", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit status, standard output, standard error) of `python -m replib ARGUMENTS`."""
+        process = self.start(*arguments)
+        out, error = process.communicate()
+        return process.returncode, out, error
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Project:
+    """A fresh project, which is also this process's own REPLIB_HOME."""
+    made = Project(tmp_path)
+    for name in ("REPLIB_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, made.environment[name])
+    return made
+
+
+@pytest.fixture(scope="session")
+def shared_project(tmp_path_factory) -> Project:
+    """One project for the expensive runs of a whole session."""
+    return Project(tmp_path_factory.mktemp("project"))
