@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -27,9 +28,12 @@ from replib.experiments.params import Cell, Table
 from replib.experiments.store import Store, home, sha256
 from replib.methods import cycle, distill
 from replib.models import build
-from replib.training import loop
+from replib.training import checkpoint, loop
 from replib.training.data import derive, load, split
 from replib.training.loop import Recipe, Task, fit
+
+
+KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,9 @@ def key_of(cell: Cell, data_digest: str) -> str:
     return sha256({"parameters": parameters, "data": data_digest, "versions": versions_of(cell)})
 
 
-def plan(table: Table) -> Plan:
-    """Resolve a table into cells. Raises: UserError for data that cannot be read."""
-    out = Plan()
+def plan(table: Table, store: Store | None = None) -> Plan:
+    """Resolve a table into cells. Raises: UserError for data or a start that cannot be read."""
+    out, store = Plan(), store or Store()
     order: list[str] = []
     for row in table.rows:
         order += [r for r in (*table.ancestors(row), row) if r not in order]
@@ -102,15 +106,17 @@ def plan(table: Table) -> Plan:
             start_path = None
             if spec.start in table.rows:
                 values["start"] = out.by_row[spec.start, seed]
+            elif spec.start is not None and KEY.fullmatch(spec.start):
+                data_dir = values.get("data_dir")
+                values["start"] = adopt(out, store, spec.start, data_dir)
             elif spec.start is not None:
                 start_path = spec.start
                 values["start"] = f"file:{file_digest(start_path)}"
             if spec.teacher is not None:
                 values["teacher"] = out.by_row[spec.teacher, seed]
             cell = Cell.model_validate(values)
-            data = load(cell.data, cell.data_dir, cell.image_size)
             split_of(cell)  # finds impossible sizes before anything is trained
-            key = key_of(cell, data.digest)
+            key = key_of(cell, load(cell.data, cell.data_dir, cell.image_size).digest)
             known = out.cells.get(key)
             rows = (*(known.rows if known else ()), row)
             out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)))
@@ -118,14 +124,34 @@ def plan(table: Table) -> Plan:
     return out
 
 
+def adopt(out: Plan, store: Store, key: str, data_dir: str | None) -> str:
+    """Take a finished cell of any table into the plan, with its parents; returns its whole key."""
+    evidence = store.read_any(key)
+    if evidence is None:
+        raise UserError(
+            f"start (={key!r}) is no cell whose evidence is here: run its table first, or name a "
+            "row or the path of a checkpoint."
+        )
+    result = evidence["result"]
+    if result["key"] not in out.cells:
+        cell = Cell.model_validate(result["parameters"] | {"data_dir": data_dir})
+        if key_of(cell, result["data"]["digest"]) != result["key"]:
+            raise UserError(f"start (={key!r}) was made by an older version: run its table again.")
+        planned = Planned(result["key"], cell)
+        for parent in planned.parents.values():
+            adopt(out, store, parent, data_dir)
+        out.cells[planned.key] = planned
+    return result["key"]
+
+
 def file_digest(path: str) -> str:
-    """SHA-256 of a checkpoint file, as part of a key."""
+    """SHA-256 of a checkpoint file: part of the key of cells that start from it."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(
-            f"start (={path!r}) is neither a row of this table nor a file that can be read "
-            f"({error.strerror})."
+            f"start (={path!r}) is neither a row of this table, nor the key of a cell, nor a file "
+            f"that can be read ({error.strerror})."
         ) from None
 
 
@@ -167,16 +193,29 @@ def trained_model(planned: Planned, store: Store) -> nn.Module:
 
 
 def load_start(model: nn.Module, cell: Cell, path: str) -> None:
-    """Begin from a checkpoint file: RepAn's layout for its CIFAR bodies."""
-    from replib import official
+    """Begin from a checkpoint file: our own, or RepAn's layout for its CIFAR bodies.
 
-    arch = "repan_" + cell.body.removeprefix("cifar_")
+    Raises: UserError where it is damaged, or of another network.
+    """
     try:
-        model.load_state_dict(official.load_model(path, arch).state_dict())
-    except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
-        raise UserError(
-            f"start (={path!r}) is not a checkpoint of {cell.body}: {str(error).splitlines()[0]}"
-        ) from None
+        if (own := checkpoint.load(Path(path))) is not None:
+            model.load_state_dict(own["model"])
+    except checkpoint.Foreign:
+        from replib import official
+
+        arch = "repan_" + cell.body.removeprefix("cifar_")
+        try:
+            model.load_state_dict(official.load_model(path, arch).state_dict())
+        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+            raise unfit(path, cell, error) from None
+    except (checkpoint.BadCheckpoint, RuntimeError, KeyError) as error:
+        raise unfit(path, cell, error) from None
+
+
+def unfit(path: str, cell: Cell, error: Exception) -> UserError:
+    """A checkpoint that this network cannot start from, in one line."""
+    text = " ".join(str(error).split())
+    return UserError(f"start (={path!r}) is no checkpoint of {cell.body}: {text[:300]}")
 
 
 def run_cell(

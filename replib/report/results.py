@@ -58,7 +58,7 @@ class Results:
         path = profile_path(table, profile)
         self.table: Table = load_table(path, self.settings)
         self.store = store or Store()
-        self.plan: Plan = plan(self.table)
+        self.plan: Plan = plan(self.table, self.store)
 
     def train(self, **options) -> Outcome:
         """Train the cells that are missing on this machine (options of `run_plan`)."""

@@ -16,6 +16,10 @@ class BadCheckpoint(ValueError):
     """The file is truncated, damaged, or belongs to something else."""
 
 
+class Foreign(BadCheckpoint):
+    """The file is not one of ours at all."""
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +42,8 @@ def save(path: Path, key: str, state: dict) -> None:
     write_bytes(path, MAGIC + hashlib.sha256(payload).digest() + payload)
 
 
-def load(path: Path, key: str) -> dict | None:
-    """What `save` stored under `key`; None where there is no file.
+def load(path: Path, key: str | None = None) -> dict | None:
+    """What `save` stored under `key` (None: any key); None where there is no file.
 
     Raises: BadCheckpoint, in one line, for a file that is cut short, damaged or of another cell.
     """
@@ -48,8 +52,8 @@ def load(path: Path, key: str) -> dict | None:
     except FileNotFoundError:
         return None
     head, payload = len(MAGIC) + 32, content[len(MAGIC) + 32 :]
-    if not content.startswith(MAGIC) or len(content) < head:
-        raise BadCheckpoint(f"{path} is not a checkpoint of replib")
+    if not content.startswith(MAGIC):
+        raise Foreign(f"{path} is not a checkpoint of replib")
     if hashlib.sha256(payload).digest() != content[len(MAGIC) : head]:
         raise BadCheckpoint(f"{path} is truncated or damaged")
     try:
@@ -57,6 +61,6 @@ def load(path: Path, key: str) -> dict | None:
         owner, state = str(stored["key"]), dict(stored["state"])
     except Exception:  # whatever a foreign pickle provokes; weights_only runs no code of its
         raise BadCheckpoint(f"{path} is not a checkpoint of replib") from None
-    if owner != key:
+    if key not in (None, owner):
         raise BadCheckpoint(f"{path} belongs to {owner}, not to {key}")
     return state
