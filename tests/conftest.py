@@ -4,9 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
+
+from replib.experiments import executor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +65,35 @@ def project(tmp_path, monkeypatch) -> Project:
     for name in ("REPLIB_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, made.environment[name])
     return made
+
+
+class Inline:
+    """A pool of one worker that is this very process: quick to start, and it can be patched."""
+
+    def __init__(self, workers, context, initializer, arguments):
+        self._processes = {}
+        executor._ticks = arguments[0]
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **options) -> None:
+        """Nothing to shut down."""
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> None:
+    """Cells are trained in this process, one after the other, by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(executor, "ProcessPoolExecutor", Inline)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -155,44 +155,18 @@ def test_no_permission(project, capfd, monkeypatch):
     refused(capfd, ["run", "table2"], ["reports/runs", "Permission denied", "permissions"])
 
 
-class Inline:
-    """A pool that works here, so that a test can make writing fail."""
-
-    def __init__(self, workers, context, initializer, arguments):
-        initializer(*arguments)
-        self._processes = {}
-
-    def submit(self, function, *arguments):
-        from concurrent.futures import Future
-
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **options):
-        pass
-
-
 @pytest.mark.parametrize("moment", ["checkpoint", "weights", "result"])
-def test_no_space(moment, project, capfd, monkeypatch):
+def test_no_space(moment, project, in_process, capfd, monkeypatch):
     """Full at whatever moment: one line; and with room again, the run goes on to the end."""
-    from replib.experiments import executor, store
+    from replib.experiments import store
 
     project.table("table9", TINY)
-    monkeypatch.setattr(executor, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(executor, "start_worker", lambda ticks, threads: set_ticks(ticks))
     real = checkpoint.write_bytes
 
     def failing(path, content):
         if path.name.startswith(moment):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path, content)
-
-    def set_ticks(ticks):
-        executor._ticks = ticks
 
     command = ["run", "table9", "--profile", "tiny", "--checkpoint-seconds", "1e-9"]
     with monkeypatch.context() as full:

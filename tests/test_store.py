@@ -1,0 +1,295 @@
+"""Evidence and checkpoints are whole or they are not used; published evidence is never lost."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replib.__main__ import main
+from replib.experiments.store import Store, compact, read_evidence, sha256
+from replib.report.results import Results
+from replib.training import checkpoint
+from replib.training.checkpoint import MAGIC, BadCheckpoint
+
+TWO_CELLS = [f"rows.{row}=" for row in ("official", "preserving", "distilled", "teacher")]
+KEY, OTHER = "a" * 64, "b" * 64
+RESULT = {"key": KEY, "history": {"loss": [0.1, 1e-300], "none": [None]}, "final": {"selected": 1}}
+STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "progress": [{"score": 0.5}], "seconds": 1.5}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.sampled_from('[]{},:" \\\nab'), max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path)
+
+
+@given(JSON)
+@settings(max_examples=300, deadline=None)
+def test_compact_is_the_same_json(value):
+    assert json.loads(compact({"evidence": value})) == {"evidence": value}
+
+
+def test_compact_is_one_line_per_column():
+    lines = compact({"b": [1, [2, 3], {"c": [4]}], "a": {"d": []}}).decode().splitlines()
+    assert lines == ["{", ' "a": {', '  "d": []', " },", ' "b": [1, [2, 3], {"c": [4]}]', "}"]
+
+
+def test_evidence_comes_back(store):
+    store.write(KEY, RESULT, {"device": "cpu"})
+    assert store.read(KEY)["result"] == RESULT
+    assert store.read(KEY, published=True) is None and store.read(OTHER) is None
+    store.publish(KEY)
+    assert store.read(KEY, published=True) == store.read(KEY)
+
+
+def test_a_diverged_loss_is_null(store):
+    store.write(KEY, RESULT | {"history": {"loss": [0.1, float("nan"), float("inf")]}}, {})
+    assert store.read(KEY)["result"]["history"]["loss"] == [0.1, None, None]
+
+
+def changed(evidence: dict, how: str) -> bytes:
+    """An evidence file that must not be believed."""
+    text = json.dumps(evidence)
+    if how == "a result changed":
+        evidence["result"]["final"]["selected"] = 2
+    elif how == "of another cell":
+        evidence["result"]["key"] = OTHER
+        evidence["result_sha256"] = sha256(evidence["result"])
+    elif how == "no context":
+        del evidence["context"]
+    elif how == "no hash":
+        del evidence["result_sha256"]
+    raw = {
+        "cut short": text[: len(text) // 2].encode(),
+        "empty": b"",
+        "a list": b"[]",
+        "a text": b'"result"',
+        "not a number": b'{"result": NaN, "result_sha256": "", "context": {}}',
+        "not UTF-8": b"\xff\xfe\xff",
+        "deep": b"[" * 100_000,
+    }
+    return raw.get(how, json.dumps(evidence).encode())
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["own", "published"])
+@pytest.mark.parametrize(
+    "how",
+    "a result changed/of another cell/no context/no hash/cut short/empty/a list/a text/"
+    "not a number/not UTF-8/deep".split("/"),
+)
+def test_damaged_evidence_is_absent(how, published, store):
+    store.write(KEY, RESULT, {})
+    store.publish(KEY)
+    path = store.published_path(KEY) if published else store.own_path(KEY)
+    path.write_bytes(changed(json.loads(path.read_bytes()), how))
+    assert store.read(KEY, published) is None
+    assert store.read(KEY, not published)["result"] == RESULT
+
+
+def test_a_damaged_result_is_trained_again_and_comes_out_the_same(project, in_process):
+    project.table("table9", (ROOT / "tests" / "tiny.yaml").read_text())
+    changes = [*TWO_CELLS, "rows.control=", "control=base", "recipes.base.epochs=2"]
+    results = Results("table9", "tiny", changes)
+    assert results.train(device="cpu").trained == 1
+    (path,) = map(results.store.own_path, results.plan.cells)
+    first = path.read_bytes()
+    assert results.train(device="cpu").trained == 0
+    path.write_bytes(first[:-100])
+    assert results.train(device="cpu").trained == 1
+    assert json.loads(path.read_bytes())["result"] == json.loads(first)["result"]
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+def saved(store) -> bytes:
+    """A good checkpoint file's bytes."""
+    store.save(KEY, "checkpoint", STATE)
+    return (store.folder(KEY) / "checkpoint.ckpt").read_bytes()
+
+
+def refused(store, content: bytes, name: str = "checkpoint") -> str:
+    """The word with which the content is refused; the file is gone then."""
+    path = store.folder(KEY) / f"{name}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    state, problem = store.load(KEY, name)
+    assert state is None and str(path) in problem and "starts again" in problem
+    assert problem.isprintable() and not path.exists()
+    return problem
+
+
+def test_a_checkpoint_comes_back(store):
+    saved(store)
+    state, problem = store.load(KEY, "checkpoint")
+    assert problem is None and torch.equal(state["model"].pop("w"), STATE["model"]["w"])
+    assert state["progress"] == STATE["progress"] and state["seconds"] == 1.5
+    assert store.load(OTHER, "checkpoint") == (None, None)
+
+
+def test_a_checkpoint_cut_at_any_length(store):
+    whole = saved(store)
+    for length in {*range(0, 200), *range(200, len(whole), 41), len(whole) - 1}:
+        refused(store, whole[:length])
+
+
+def test_a_checkpoint_with_a_wrong_bit(store):
+    whole = saved(store)
+    for at in {*range(0, 60), *range(60, len(whole), 101), len(whole) - 1}:
+        refused(store, whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+
+
+def test_a_foreign_checkpoint(store):
+    store.save(OTHER, "checkpoint", STATE)
+    foreign = (store.folder(OTHER) / "checkpoint.ckpt").read_bytes()
+    assert OTHER in refused(store, foreign)
+    store.save(KEY, "weights", STATE)
+    weights = (store.folder(KEY) / "weights.ckpt").read_bytes()
+    assert "weights" in refused(store, weights), "one cell's weights are not its checkpoint"
+
+
+OWN = {"key": f"checkpoint {KEY}"}
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.mark.parametrize("way", ["torch", "pickle"])
+@pytest.mark.parametrize("sealed", [True, False], ids=["with a right digest", "bare"])
+def test_a_checkpoint_with_code_runs_none(way, sealed, store, tmp_path):
+    buffer, state = io.BytesIO(), {"key": f"checkpoint {KEY}", "state": Code(tmp_path / "made")}
+    torch.save(state, buffer) if way == "torch" else pickle.dump(state, buffer, 2)
+    payload = buffer.getvalue()
+    head = MAGIC + hashlib.sha256(payload).digest() if sealed else b""
+    refused(store, head + payload)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("inside", [None, 1, [], {}, {"key": KEY}, OWN | {"state": 3}, OWN])
+def test_a_checkpoint_of_another_shape(inside, store):
+    buffer = io.BytesIO()
+    torch.save(inside, buffer)
+    payload = buffer.getvalue()
+    refused(store, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def test_a_bad_checkpoint_says_so_and_the_cell_starts_again(project, in_process, capfd):
+    """Bad weights of a parent and a bad checkpoint of a child: both again, with a word."""
+    project.table("table9", (ROOT / "tests" / "tiny.yaml").read_text())
+    results = Results("table9", "tiny", TWO_CELLS)
+    assert results.train(device="cpu").trained == 2
+    store = results.store
+    base, control = (results.plan.by_row[row, 0] for row in ("base", "control"))
+    before = {key: store.read(key)["result"] for key in (base, control)}
+    shutil.copy(store.folder(control) / "weights.ckpt", store.folder(base) / "weights.ckpt")
+    store.own_path(control).unlink()
+    (store.folder(control) / "checkpoint.ckpt").write_bytes(b"half a")
+    capfd.readouterr()
+    assert results.train(device="cpu").trained == 2
+    assert capfd.readouterr().err.count("starts again") == 2
+    assert {key: store.read(key)["result"] for key in (base, control)} == before
+
+
+def test_half_written_files_are_ignored(store):
+    store.write(KEY, RESULT, {})
+    for name in ("result.json", "weights.ckpt", "checkpoint.ckpt"):
+        (store.folder(KEY) / f".{name}.123.part").write_bytes(b"half")
+    store.published.mkdir(parents=True)
+    (store.published / ".x.json.1.part").write_bytes(b"half")
+    assert store.read(KEY)["result"] == RESULT
+    assert store.load(KEY, "weights") == store.load(KEY, "checkpoint") == (None, None)
+    assert [path for path in store.published.glob("*.json") if read_evidence(path)] == []
+
+
+def test_a_checkpoint_that_is_no_file_is_an_error_not_a_loss(store):
+    path = store.folder(KEY) / "checkpoint.ckpt"
+    path.mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        store.load(KEY, "checkpoint")
+    assert path.is_dir()
+
+
+def test_refusals_are_one_class():
+    assert issubclass(BadCheckpoint, ValueError) and checkpoint.load(ROOT / "absent", KEY) is None
+
+
+# -- cleaning ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["make", "store"])
+def test_cleaning_never_touches_published_evidence(how, store, tmp_path):
+    store.write(KEY, RESULT, {})
+    store.publish(KEY)
+    page = tmp_path / "reports" / "table2-quick.html"
+    page.write_text("a page")
+    if how == "make":
+        shutil.copy(ROOT / "Makefile", tmp_path)
+        subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+        assert not page.exists()
+    else:
+        store.clean()
+    assert not store.runs.exists()
+    assert store.read(KEY, published=True)["result"] == RESULT
+
+
+# -- bundles from another machine ----------------------------------------------------------------
+def test_a_bundle_is_taken_in(project, capfd):
+    store = Store()
+    store.write(KEY, RESULT, {})
+    bundle = project.folder / "bundle.json"
+    bundle.write_bytes(compact({"evidence": [store.read(KEY)]}))
+    assert main(["evidence", "add", str(bundle)]) == 0
+    assert store.read(KEY, published=True) == store.read(KEY)
+    assert main(["evidence", "check"]) == 0
+    assert "1 evidence files are whole" in capfd.readouterr().out
+    store.published_path(KEY).rename(store.published_path(OTHER))
+    assert main(["evidence", "check"]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def sealed(result: object) -> dict:
+    """Evidence with a right hash."""
+    return {"result": result, "result_sha256": sha256(result), "context": {}}
+
+
+BAD_BUNDLES = {
+    "no JSON": b"{",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "numbers": b'{"evidence": [1]}',
+    "a wrong hash": compact({"evidence": [sealed(RESULT) | {"result_sha256": "0"}]}),
+    "no context": compact({"evidence": [{"result": RESULT, "result_sha256": sha256(RESULT)}]}),
+    "no key": compact({"evidence": [sealed({})]}),
+    "a list as result": compact({"evidence": [sealed([])]}),
+    "a short key": compact({"evidence": [sealed({"key": "abc"})]}),
+    "a key that climbs": compact(
+        {"evidence": [sealed({"key": "../../../../evil".ljust(64, "a")})]}
+    ),
+    "good, then bad": compact({"evidence": [sealed(RESULT), sealed({"key": "x"})]}),
+}
+
+
+@pytest.mark.parametrize("how", BAD_BUNDLES)
+def test_a_bad_bundle_is_refused_whole(how, project, capfd):
+    (project.folder / "bundle.json").write_bytes(BAD_BUNDLES[how])
+    assert main(["evidence", "add", str(project.folder / "bundle.json")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "bundle.json" in error
+    assert not Store().published.exists()
