@@ -56,7 +56,7 @@ def test_a_parent_without_weights_is_trained_again(store):
     parent = trained(table(), store)
     before = store.read(parent.key)["result"]
     (store.folder(parent.key) / "weights.ckpt").unlink()
-    assert [p.key for p in plan(table(parent.key), store).missing(store)][0] == parent.key
+    assert plan(table(parent.key), store).missing(store)[0].key == parent.key
     trained(table(parent.key), store)
     assert store.read(parent.key)["result"] == before
 
@@ -85,7 +85,7 @@ def test_from_repan_and_its_damage_is_named(store, tmp_path, monkeypatch):
     child = trained(table(str(path), **cell), store)
     assert torch.equal(trained_model(child, store).fc.weight, model.fc.weight)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"^start \(=.*repan.pyth'\) is no checkpoint of cifar") as e:
+    with pytest.raises(UserError, match=r"^start .*repan.pyth.\) is no checkpoint of cifar") as e:
         trained(table(str(path), **cell), store)
     assert "\n" not in str(e.value)
 

@@ -32,7 +32,6 @@ from replib.training import checkpoint, loop
 from replib.training.data import derive, load, split
 from replib.training.loop import Recipe, Task, fit
 
-
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
 
 

@@ -58,7 +58,7 @@ def curves(results: Results, published: bool = False) -> Figure | None:
         axis.set_ylabel("test accuracy, %")
         axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel(
-        "epoch (dashed: merge, redraw, restore; in the control, a warm restart; band: standard error)"
+        "epoch (dashed: merge, redraw, restore, or the control's restart; band: standard error)"
     )
     figure.tight_layout()
     plt.close(figure)
@@ -100,10 +100,11 @@ def jumps(results: Results, published: bool = False) -> Figure | None:
 
 def gains(results: Results, published: bool | None = None) -> Figure | None:
     """Paired gains over the control: every seed, mean and 95 % interval; own and published."""
-    sources = [False, True] if published is None else [published]
     rows = [row for row in results.rows if results.against(row) != row]
-    found = {(r, s): results.gain(r, s) for r in rows for s in sources}
-    if not any(found.values()):
+    wanted = [False, True] if published is None else [published]
+    found = {(row, source): results.gain(row, source) for row in rows for source in wanted}
+    sources = [source for source in wanted if any(found[row, source] for row in rows)]
+    if not sources:
         return None
     style()
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.4))
@@ -129,8 +130,7 @@ def gains(results: Results, published: bool | None = None) -> Figure | None:
     ]
     axis.set_yticks(range(len(rows)), names)
     axis.set_xlabel(
-        "paired gain over the control, points of test accuracy "
-        "(* over the control of its own kind)"
+        "paired gain over the control, points of test accuracy (* over the control of its own kind)"
     )
     axis.grid(axis="x", color="#e4e7eb")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -55,12 +55,11 @@ def interval(value: Estimate | None, signed: bool = False) -> str:
     if value is None:
         return NONE
     sign = "+" if signed else ""
+    mean = f"{value.mean:{sign}.2f}"
     if value.n < 2:
-        return f"{value.mean:{sign}.2f} <small>(n = 1)</small>"
-    return (
-        f"{value.mean:{sign}.2f} <small>[{value.low:{sign}.2f}, {value.high:{sign}.2f}] "
-        f"n = {value.n}</small>"
-    )
+        return f'{mean} <small class="whole">n = 1</small>'
+    bounds = f"[{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
+    return f'{mean} <small class="whole">{bounds}<br>n = {value.n}</small>'
 
 
 class Page:
@@ -140,7 +139,14 @@ class Page:
         results = self.results
         source = not results.own and bool(results.published)
         frame = results.frame(source)
-        header = ["", "deployed parameters", "deployed FLOPs", "epochs", "training FLOPs", "time, s"]
+        header = [
+            "",
+            "deployed parameters",
+            "deployed FLOPs",
+            "epochs",
+            "training FLOPs",
+            "time, s",
+        ]
         header += ["teacher's epochs", "teacher's FLOPs", "teacher's time, s"]
         lines = []
         for row in results.rows:

@@ -89,7 +89,9 @@ def split(data: Dataset, *, images: int | None, held_out: int, protocol: str, se
     wanted = available if images is None else images
     if wanted > available:
         raise UserError(f"train_images (={wanted}) is more than {data.name} has ({available}).")
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(derive(seed, "split")))
+    order = torch.randperm(
+        available, generator=torch.Generator().manual_seed(derive(seed, "split"))
+    )
     order = order[:wanted]
     if protocol == "paper":
         return Splits(order, order[:0])
@@ -162,7 +164,9 @@ def load_cifar(name: str, folder: Path) -> Dataset:
             f"{name} is not in data_dir (={folder}) and could not be downloaded ({error}): put "
             "torchvision's files there, or use data=imagefolder."
         ) from None
-    arrays = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
+    arrays = [
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    ]
     labels = [torch.tensor(part.targets) for part in (train, test)]
     digest = digest_of(arrays[0], labels[0], arrays[1], labels[1], text=name)
     return Dataset(

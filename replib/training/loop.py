@@ -87,9 +87,7 @@ def cosine(epoch: int, epochs: int, base: float) -> float:
 def accuracy(model: nn.Module, data: Dataset, images: Tensor, labels: Tensor, device: str) -> float:
     """The fraction of images whose largest logit is their label; model in eval mode."""
     right = 0
-    for x, y in zip(
-        images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True
-    ):
+    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
         x = data.normalised(x, device).contiguous(memory_format=torch.channels_last)
         right += (model(x).argmax(1).cpu() == y).sum().item()
     return right / len(labels)
@@ -211,9 +209,7 @@ def train_epoch(
     total = torch.zeros((), device=task.device)
     for batch in order.split(recipe.batch_size):
         batch = batch.to(task.device)
-        x = augmented(
-            images[batch], generator, crop_padding=recipe.crop_padding, flip=recipe.flip
-        )
+        x = augmented(images[batch], generator, crop_padding=recipe.crop_padding, flip=recipe.flip)
         x = task.data.normalised(x, task.device).contiguous(memory_format=torch.channels_last)
         y = labels[batch]
         loss = task.loss(model(x), y, x)
@@ -257,9 +253,7 @@ def record(task: Task, progress: Progress, rate: float, loss: float) -> None:
     score = test if test_selects else validation
     for name in ("phase_best", "best"):
         best = getattr(progress, name)
-        better = best is None or (
-            score > best["score"] if test_selects else score >= best["score"]
-        )
+        better = best is None or (score > best["score"] if test_selects else score >= best["score"])
         if better:
             weights = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
             index = len(progress.history) - 1
@@ -286,7 +280,7 @@ def training_flops(task: Task) -> tuple[int, int]:
 
 @torch.no_grad()
 def deployed_report(model: nn.Module, data: Dataset, device: str) -> dict:
-    """The fused network: its parameters, FLOPs per image, test accuracy, and error of the fusing."""
+    """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing."""
     model = model.to(device).eval()
     fused = fuse(model)
     x = data.normalised(data.test_images[:EVALUATION_BATCH], device)
