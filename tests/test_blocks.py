@@ -36,7 +36,7 @@ GEOMETRIES = {  # together they have every feature and every mix that once was a
     "half valid": {"kernel_size": 5, "padding": 1, "stride": 2},
     "wide padding": {"padding": 3},
     "rectangular": {"kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 3), "dilation": (1, 2)},
-    "reflect": {"padding_mode": "reflect", "stride": 2},
+    "reflect": {"padding_mode": "reflect", "stride": 2, "kernel_size": (3, 5)},
     "circular": {"padding_mode": "circular", "groups": 2},
     "1-D": {"dims": 1, "stride": 2, "dilation": 2, "groups": 3},
     "1-D, kernel 1": {"dims": 1, "kernel_size": 1, "groups": 2, "stride": 2},
@@ -167,7 +167,9 @@ def test_restoring_reaches_any_kernel(family, case):
     block, x = build(family, case)
     target = like(block.merged())
     statistics = measured(block, x)
-    ways = (("official", 0.0), ("preserving", 0.0), ("preserving", 0.3))
+    ways = [("official", 0.0), ("preserving", 0.0), ("preserving", 0.3)]
+    if block.squeezed:  # its branches are one convolution: there is nothing to put on top
+        ways.append(("official", 0.3))
     for norm, (fidelity, rate) in product(NORM_AT_RESTORE, ways):
         block.redraw("repan", torch.Generator().manual_seed(1))
         block.set_rate(rate)
