@@ -375,7 +375,10 @@ def processor() -> str:
 
 
 def context(device: str, seconds: float) -> dict:
-    """Where and how a cell was run; not part of the hashed result."""
+    """Where and how a cell was run; not part of the hashed result.
+
+    The peak of memory is that of the worker process so far, which may have run other cells.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
@@ -391,7 +394,7 @@ def context(device: str, seconds: float) -> dict:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "precision": "float32",
-        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "wall_seconds": round(seconds, 2),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
