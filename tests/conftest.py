@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from replib.experiments import executor
+from replib.report.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = (ROOT / "tests" / "tiny.yaml").read_text(encoding="utf-8")  # every kind of cell, in seconds
 
 
 class Project:
@@ -89,14 +91,18 @@ class Inline:
 @pytest.fixture
 def in_process(monkeypatch) -> None:
     """Cells are trained in this process, one after the other, by one thread."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(executor, "ProcessPoolExecutor", Inline)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def shared_project(tmp_path_factory) -> Project:
-    """One project for the expensive runs of a whole session."""
-    return Project(tmp_path_factory.mktemp("project"))
+    """One project for a whole session, in which the table `tiny9` has been run."""
+    made = Project(tmp_path_factory.mktemp("project"))
+    made.table("tiny9", TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPLIB_HOME", str(made.folder))
+        patch.setattr(executor, "ProcessPoolExecutor", Inline)
+        torch.set_num_threads(1)
+        assert Results("tiny9", "tiny").train(device="cpu").trained == 6
+    return made

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from PIL import Image
 from test_params import BAD_SETTINGS
 
@@ -169,22 +170,15 @@ def test_no_space(moment, project, in_process, capfd, monkeypatch):
         real(path, content)
 
     command = ["run", "table9", "--profile", "tiny", "--checkpoint-seconds", "1e-9"]
+    for row in ("official", "preserving", "distilled", "teacher", "control"):
+        command += ["--set", f"rows.{row}="]
+    command += ["--set", "control=base"]
     with monkeypatch.context() as full:
         full.setattr(checkpoint, "write_bytes", failing)
         full.setattr(store, "write_bytes", failing)
         refused(capfd, command, ["No space left on device", "make room", moment])
     assert main(command) == 0
     assert "1 cells trained, 0 were there" in capfd.readouterr().out
-
-
-TINY = """
-title: t
-question: q
-control: a
-seeds: [0]
-cell: {data: digits, train_images: 40, held_out: 10, body: digits, learning_rate: 0.1, epochs: 2}
-rows: {a: {label: A}}
-"""
 
 
 def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,7 +101,7 @@ def test_damaged_evidence_is_absent(how, published, store):
 
 
 def test_a_damaged_result_is_trained_again_and_comes_out_the_same(project, in_process):
-    project.table("table9", (ROOT / "tests" / "tiny.yaml").read_text())
+    project.table("table9", TINY)
     changes = [*TWO_CELLS, "rows.control=", "control=base", "recipes.base.epochs=2"]
     results = Results("table9", "tiny", changes)
     assert results.train(device="cpu").trained == 1
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_shape(inside, store):
 
 def test_a_bad_checkpoint_says_so_and_the_cell_starts_again(project, in_process, capfd):
     """Bad weights of a parent and a bad checkpoint of a child: both again, with a word."""
-    project.table("table9", (ROOT / "tests" / "tiny.yaml").read_text())
+    project.table("table9", TINY)
     results = Results("table9", "tiny", TWO_CELLS)
     assert results.train(device="cpu").trained == 2
     store = results.store
