@@ -55,6 +55,7 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
             cwd=str(home()),
             progress_bar=False,
             start_timeout=300,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own transport
             stdout_file=Tee(),
             stderr_file=sys.stderr,
         )

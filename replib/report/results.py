@@ -13,7 +13,7 @@ from replib.errors import UserError
 from replib.experiments.cells import Plan, plan
 from replib.experiments.executor import Outcome, run_plan
 from replib.experiments.params import Table, load_table
-from replib.experiments.store import Store, home, read_evidence
+from replib.experiments.store import Store, canonical, home, read_evidence
 
 
 def profiles() -> dict[str, list[str]]:
@@ -97,9 +97,9 @@ class Results:
         return found
 
     @staticmethod
-    def nameless(parameters: dict) -> str:
+    def nameless(parameters: dict) -> bytes:
         """Parameters without the keys of parents, which change with any version."""
-        return repr(sorted((parameters | {"start": None, "teacher": None}).items()))
+        return canonical(parameters | {"start": None, "teacher": None})
 
     @property
     def rows(self) -> list[str]:
