@@ -28,6 +28,11 @@ def groups(results: Results) -> dict[str, list[str]]:
     }
 
 
+def name(results: Results, row: str) -> str:
+    """The row's label, in which a dollar sign starts no formula."""
+    return results.table.rows[row].label.replace("$", r"\$")
+
+
 def curves(results: Results, published: bool = False) -> Figure | None:
     """Test accuracy per epoch, parents in front; mean over seeds, merge points dashed."""
     history = results.history(published)
@@ -44,7 +49,7 @@ def curves(results: Results, published: bool = False) -> Figure | None:
             part = history[history.row == row]
             table = 100 * part.pivot_table("test_accuracy", "total_epoch", "seed")
             mean, spread = table.mean(axis=1), table.sem(axis=1).fillna(0)
-            label = results.table.rows[row].label
+            label = name(results, row)
             axis.plot(mean.index, mean, color=colour, lw=1.6, label=label)
             axis.fill_between(
                 mean.index, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
@@ -89,7 +94,7 @@ def jumps(results: Results, published: bool = False) -> Figure | None:
             )
     axis.set_xscale("log")
     axis.set_xlim(floor / 2, None)
-    axis.set_yticks(range(len(order)), [results.table.rows[row].label for row in reversed(order)])
+    axis.set_yticks(range(len(order)), [name(results, row) for row in reversed(order)])
     axis.set_xlabel("max |change of logits| / max |logits| at a restart (left edge: exactly 0)")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(axis="x", color="#e4e7eb")
@@ -124,8 +129,7 @@ def gains(results: Results, published: bool | None = None) -> Figure | None:
             label = None
     axis.axvline(0, color=INK, lw=1)
     names = [
-        results.table.rows[row].label
-        + ("" if results.against(row) == results.table.control else " *")
+        name(results, row) + ("" if results.against(row) == results.table.control else " *")
         for row in reversed(rows)
     ]
     axis.set_yticks(range(len(rows)), names)

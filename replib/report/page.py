@@ -12,7 +12,9 @@ import pandas as pd
 from IPython.display import HTML
 
 from replib.analysis.statistics import Estimate
+from replib.blocks import BLOCKS
 from replib.experiments.store import home
+from replib.report.diagram import diagram
 from replib.report.results import Cost, Results
 
 NONE = "–"
@@ -88,6 +90,12 @@ class Page:
         if claims:
             parts.append(f"<p><b>What was claimed.</b></p><ul>{claims}</ul>")
         return HTML("".join(parts))
+
+    def block(self) -> HTML:
+        """The block of this table, drawn from its declaration."""
+        cell = next(iter(self.results.plan.cells.values())).cell
+        family = BLOCKS[self.table.cell.get("block", cell.block)]
+        return HTML(diagram(family(16, 16)))
 
     def train(self, **options) -> None:
         """Train the missing cells here, with progress; options of `run_plan`."""
