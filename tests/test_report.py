@@ -1,0 +1,240 @@
+"""A report is one file that opens offline, shows what evidence there is, and is whole or old."""
+
+import html.parser
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Project
+
+from replib.__main__ import main
+from replib.report import render
+from replib.report.page import Page
+from replib.report.results import Results
+from replib.training import loop
+
+EVIL = '<script>alert(1)</script> "$x_{$" & <img src="http://evil.example/x.png">'
+CELLS, ROWS = 6, 5
+
+
+class Reader(html.parser.HTMLParser):
+    """Everything of a page that a browser would act on."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, *names: str) -> list[str]:
+        return [value for name, value in self.attributes if name in names]
+
+
+def with_evil_strings(project: Project) -> None:
+    """The table `evil9`: the very cells of `tiny9`, with hostile words for people to read."""
+    text = TINY.replace('title: "Tiny"', f"title: '{EVIL}'")
+    text = text.replace('question: "Does', f"question: '{EVIL}' # ")
+    text = text.replace('label: "Control"', f"label: '{EVIL}'").replace(
+        "proxy:", f"claims:\n- {{text: '{EVIL}', source: '{EVIL}', confidence: read}}\nproxy:"
+    )
+    assert text.count("<script>") == 5
+    project.table("evil9", text)
+
+
+@pytest.fixture(scope="module")
+def page(shared_project) -> Path:
+    """The report of `evil9`, made by the command line; its cells are there already."""
+    with_evil_strings(shared_project)
+    status, out, error = shared_project.run("reproduce", "evil9", "--profile", "tiny")
+    assert (status, error) == (0, ""), error
+    assert f"0 cells trained, {CELLS} were there" in out
+    made = shared_project.folder / "reports" / "evil9-tiny.html"
+    assert out.rstrip().endswith(str(made))
+    return made
+
+
+@pytest.fixture
+def home(shared_project, monkeypatch) -> Project:
+    """The shared project as this process's own."""
+    monkeypatch.setenv("REPLIB_HOME", str(shared_project.folder))
+    return shared_project
+
+
+def offline(path: Path) -> Reader:
+    """A page that requests nothing and runs nothing."""
+    text = path.read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {*reader.tags}
+    assert not [name for name, _ in reader.attributes if name.startswith("on")]
+    addresses = reader.all("src", "href", "srcset", "data", "poster", "action")
+    styles = "\n".join([*re.findall(r"<style.*?</style>", text, re.S), *reader.all("style")])
+    addresses += re.findall(r"url\(\s*['\"]?([^)'\"]*)", styles)
+    assert "@import" not in styles
+    outside = [a for a in addresses if re.match(r"\s*([a-z+.-]+:|//)", a, re.I)]
+    assert [a[:80] for a in outside if not a.startswith("data:image/png;base64,")] == []
+    return reader
+
+
+def test_pages_request_nothing(page):
+    offline(page)
+    offline(page.with_name("index.html"))
+
+
+def test_the_page_shows_everything(page, home):
+    reader, text = offline(page), page.read_text(encoding="utf-8")
+    words = " ".join(reader.text)
+    assert len([s for s in reader.all("src") if s.startswith("data:image/png;base64,")]) >= 3
+    assert reader.tags.count("table") >= 3 and "95 %" in words
+    for expected in ("verdict", "not comparable", "accuracy", "deployed FLOPs", "commit", "torch"):
+        assert expected in words, expected
+    assert "make reproduce-evil9 PROFILE=tiny" in words
+    for label in ("Base", "Official", "Preserving"):
+        assert text.count(f"<b>{label}</b>") >= 2, label
+    assert "Teacher</b>" not in text, "hidden rows are not on the page"
+    for key in Results("evil9", "tiny").plan.cells:
+        assert f"<code>{key[:16]}</code>" in text
+
+
+def test_what_users_write_is_shown_as_text(page):
+    reader, text = offline(page), page.read_text(encoding="utf-8")
+    assert "".join(reader.text).count(EVIL) >= 5, "title twice, question, label, claim"
+    assert "<script>" not in text and "evil.example" not in "".join(reader.all("src", "href"))
+
+
+def test_the_warning_comes_first(page):
+    body = page.read_text(encoding="utf-8").partition("<body")[2]
+    assert body.index("says nothing about CIFAR") < body.index("<h1")
+
+
+def test_links_lead_to_files(page):
+    for made in (page, page.with_name("index.html")):
+        links = [link for link in offline(made).all("href") if not link.startswith("#")]
+        for link in links:
+            assert (made.parent / link).is_file(), link
+    evidence = [link for link in offline(page).all("href") if link.endswith("result.json")]
+    assert len(set(evidence)) == CELLS
+    assert page.name in offline(page.with_name("index.html")).all("href")
+
+
+def test_a_mistake_in_the_notebook_leaves_the_old_page(page, home):
+    """Data that only the notebook's kernel looks for: one line, and the old page stays."""
+    before, files = page.read_bytes(), sorted(page.parent.iterdir())
+    settings = ("--set", "cell.data=imagefolder", "--set", "cell.data_dir=nowhere")
+    status, _, error = home.run("reproduce", "evil9", "--profile", "tiny", *settings)
+    assert status == 2 and error.startswith("replib: ") and error.count("\n") == 1, error
+    assert "nowhere" in error
+    assert page.read_bytes() == before and sorted(page.parent.iterdir()) == files
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_leaves_the_old_page(page, home):
+    before, files = page.read_bytes(), sorted(page.parent.iterdir())
+    notebook = home.folder / "notebooks" / "evil9.ipynb"
+    whole = notebook.read_text()
+    notebook.write_text(whole.replace('"page.summary()"', '"1 / 0"'))
+    try:
+        assert notebook.read_text() != whole
+        status, _, error = home.run("reproduce", "evil9", "--profile", "tiny")
+    finally:
+        notebook.write_text(whole)
+    assert status == 2 and error.count("\n") == 1 and "ZeroDivisionError" in error, error
+    assert page.read_bytes() == before and sorted(page.parent.iterdir()) == files
+
+
+# -- what a page shows, without a notebook -------------------------------------------------------
+def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, capfd):
+    for name in ("cifar10", "cifar100", "cifar10-folder"):
+        (home.folder / "params" / "table2" / f"{name}.yaml").unlink(missing_ok=True)
+    asked = []
+    monkeypatch.setattr(render, "reproduce", lambda *what: asked.append(what) or what)
+    monkeypatch.setenv("REPLIB_TRAIN", "1")
+    assert main(["reports"]) == 0
+    assert ("tiny9", "tiny", []) in asked and not [w for w in asked if w[0] == "table2"]
+    assert os.environ["REPLIB_TRAIN"] == "0", "what the notebook's train cell looks at"
+
+
+def test_without_training_the_train_cell_trains_nothing(project, monkeypatch):
+    project.table("tiny9", TINY)
+    monkeypatch.setenv("REPLIB_TRAIN", "0")
+    empty = Page("tiny9", "tiny")
+    empty.train()
+    assert not empty.results.store.runs.exists()
+    for part in (empty.intro, empty.summary, empty.said, empty.costs, empty.provenance):
+        assert part().data, "a page without evidence still has its parts"
+
+
+def test_published_evidence_stands_beside_our_own(home):
+    before = Page("tiny9", "tiny").summary().data
+    assert "published" not in before
+    page = Page("tiny9", "tiny")
+    for key in page.results.plan.cells:
+        page.results.store.publish(key)
+    try:
+        page = Page("tiny9", "tiny")
+        shown, own = page.summary().data, page.results.accuracy("control")
+        assert "<th>published</th>" in shown
+        assert shown.count(f"{own.mean:.2f}") > before.count(f"{own.mean:.2f}")
+        assert page.provenance().data.count(">published</a>") == CELLS
+        assert page.results.stale == []
+    finally:
+        forget_published(home)
+
+
+def test_published_evidence_of_an_older_version_is_stale(home, monkeypatch):
+    results = Results("tiny9", "tiny")
+    for key in results.plan.cells:
+        results.store.publish(key)
+    try:
+        monkeypatch.setattr(loop, "VERSION", loop.VERSION + 1)
+        newer = Page("tiny9", "tiny")
+        assert not newer.results.own and not newer.results.published
+        assert len(newer.results.stale) == CELLS
+        assert f"{CELLS} published results" in newer.summary().data
+        assert "older version" in newer.summary().data
+    finally:
+        forget_published(home)
+
+
+def forget_published(project: Project) -> None:
+    """As it was: nothing is published in the shared project."""
+    for path in (project.folder / "reports" / "evidence").glob("*.json"):
+        path.unlink()
+
+
+def test_the_numbers_of_the_page_are_those_of_the_evidence(home):
+    results = Results("tiny9", "tiny")
+    frame = results.frame()
+    assert len(frame) == ROWS
+    for row in frame.index:
+        (evidence,) = results.evidence(row).values()
+        deployed, compute = evidence["result"]["deployed"], evidence["result"]["compute"]
+        assert frame.loc[row, "accuracy"] == pytest.approx(100 * deployed["test_accuracy"])
+        parents = 0 if row == "base" else 4  # the epochs of the row it starts from
+        assert frame.loc[row, "epochs"] == compute["epochs"] + parents
+        gain = frame.loc[row, "accuracy"] - frame.loc["control", "accuracy"]
+        assert row == "control" or frame.loc[row, "gain"] == pytest.approx(gain)
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_nothing(project):
+    """`make reproduce-ID` trains and renders; `make reports` renders and trains nothing."""
+    project.table("tiny9", TINY)
+    for path in (project.folder / "params" / "table2").glob("*.yaml"):
+        path.unlink()
+    status, out, error = project.run("reproduce", "tiny9", "--profile", "tiny")
+    assert (status, error) == (0, ""), error
+    assert f"{CELLS} cells trained" in out
+    results = Results("tiny9", "tiny")
+    lost = results.store.own_path(results.plan.by_row["official", 0])
+    lost.unlink()
+    status, out, error = project.run("reports")
+    assert (status, error) == (0, ""), error
+    assert not lost.exists() and "cells trained" not in out
+    offline(project.folder / "reports" / "tiny9-tiny.html")
