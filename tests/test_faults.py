@@ -43,7 +43,7 @@ def until(condition, process=None) -> None:
     while not condition():
         assert process is None or process.poll() is None, "it ended too early to be disturbed"
         assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 def alive(group: int) -> bool:

@@ -123,12 +123,13 @@ def test_links_lead_to_files(page):
     assert page.name in offline(page.with_name("index.html")).all("href")
 
 
-def test_a_mistake_in_the_notebook_leaves_the_old_page(page, home):
+def test_a_mistake_in_the_notebook_leaves_the_old_page(page, home, capfd):
     """Data that only the notebook's kernel looks for: one line, and the old page stays."""
     before, files = page.read_bytes(), sorted(page.parent.iterdir())
-    settings = ("--set", "cell.data=imagefolder", "--set", "cell.data_dir=nowhere")
-    status, _, error = home.run("reproduce", "evil9", "--profile", "tiny", *settings)
-    assert status == 2 and error.startswith("replib: ") and error.count("\n") == 1, error
+    settings = ["--set", "cell.data=imagefolder", "--set", "cell.data_dir=nowhere"]
+    assert main(["reproduce", "evil9", "--profile", "tiny", *settings]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("replib: ") and error.count("\n") == 1, error
     assert "nowhere" in error
     assert page.read_bytes() == before and sorted(page.parent.iterdir()) == files
 
