@@ -1,5 +1,6 @@
-"""Official checkpoints in and out: one reader, one writer, over the tables of `replib.sources`.
+"""Official checkpoints in and out: one reader, one writer, over two tables.
 
+`replib.sources` names the tensors of a block, `replib.architectures` the layers of a network.
 What our module would export is also what a file must hold, so a file is checked against that.
 """
 
@@ -7,53 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 
+from replib.architectures import ARCHITECTURES, Architecture
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
-from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg
+from replib.convert import outermost_blocks
 from replib.models.layers import SqueezeExcite
 from replib.sources import SOURCES, Entry, Renames, Source
 
 State = dict[str, Tensor]
 OPTIONAL = "num_batches_tracked"  # files older than torch 0.4.1 lack it
-
-
 WB = ("weight", "bias")
 SQUEEZE_EXCITE = {"use_se": ("se", 16), "use_post_se": ("post_se", 4)}  # name, reduction
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a released network is laid out.
-
-    sources: family -> what names its blocks; build: classes -> our body;
-    classifier: the official weight whose rows are the classes;
-    renames: (pattern of our module path, official path), the first that matches whole counts.
-    """
-
-    sources: Mapping[str, str]
-    build: Callable[..., nn.Module]
-    classifier: str
-    renames: Renames
-
-
-ARCHITECTURES = {
-    f"repan_repvgg_{name}": Architecture(
-        {"repvgg": "repan_repvgg"},
-        partial(cifar_repvgg, name),
-        "fc.weight",
-        ((r"stages\.(\d+)\.(\d+)\.block", r"stages.\1.sequential.\2"),),
-    )
-    for name in WIDTH_FACTORS
-}
 
 
 def joined(*parts: str) -> str:
@@ -85,10 +57,19 @@ def block_entries(block: nn.Module, source: Source) -> Iterator[tuple[str, Entry
 
 
 def entries(
-    module: nn.Module, sources: Mapping[type, Source], renames: Renames, path: str = ""
+    module: nn.Module,
+    sources: Mapping[type, Source],
+    renames: Renames,
+    path: str = "",
+    deployed: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Entry]]:
-    """(official key, Entry) for every tensor of a network, in the order of its modules."""
-    theirs = renamed(path, renames)
+    """(official key, Entry) for every tensor of a network, in the order of its modules.
+
+    deployed: our path of a block -> the official name of the convolution it is deployed as.
+    """
+    theirs, deployed = renamed(path, renames), deployed or {}
+    if path in deployed and isinstance(module, nn.Conv2d):
+        theirs = joined(theirs, deployed[path])
     if isinstance(module, RepBlock | RepMLP):
         if type(module) not in sources:
             known = ", ".join(family.__name__ for family in sources)
@@ -102,7 +83,7 @@ def entries(
             yield joined(theirs, name), verbatim(joined(path, name))
     # Released codes register squeeze-excite before the branches.
     for name, child in sorted(module.named_children(), key=lambda c: isinstance(c[1], RepBlock)):
-        yield from entries(child, sources, renames, joined(path, name))
+        yield from entries(child, sources, renames, joined(path, name), deployed)
 
 
 @torch.no_grad()
@@ -112,11 +93,8 @@ def written(module: nn.Module, table: Mapping[str, Entry]) -> State:
     return {key: e.write(*(own[name] for name in e.ours)).detach() for key, e in table.items()}
 
 
-def fill(module: nn.Module, table: Mapping[str, Entry], state: State) -> nn.Module:
-    """Load an official state into a module.
-
-    Raises: ValueError that lists what is missing, unexpected or of another shape.
-    """
+def check(module: nn.Module, table: Mapping[str, Entry], state: State) -> None:
+    """Raises: ValueError that lists what of a state is missing, unexpected or of another shape."""
     expected = written(module, table)
     optional = {key for key, e in table.items() if not e.ours or key.endswith(OPTIONAL)}
     wrong = {
@@ -131,6 +109,14 @@ def fill(module: nn.Module, table: Mapping[str, Entry], state: State) -> nn.Modu
     if any(wrong.values()):
         lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
         raise ValueError(f"the file does not fit this architecture; {lists}.")
+
+
+def fill(module: nn.Module, table: Mapping[str, Entry], state: State) -> nn.Module:
+    """Load an official state into a module.
+
+    Raises: ValueError that lists what is missing, unexpected or of another shape.
+    """
+    check(module, table, state)
     own = module.state_dict()
     for key, entry in table.items():
         if key in state:
@@ -177,10 +163,41 @@ def block_table(module: nn.Module, source: str) -> dict[str, Entry]:
     return dict(entries(module, {family: layout}, layout.around))
 
 
-def model_table(model: nn.Module, layout: Architecture) -> dict[str, Entry]:
+def sources_of(layout: Architecture) -> dict[type, Source]:
+    """What names the blocks of a network, by their class."""
+    return {BLOCKS[family]: SOURCES[source] for family, source in layout.sources.items()}
+
+
+def model_table(
+    model: nn.Module, layout: Architecture, deployed: Mapping[str, str] | None = None
+) -> dict[str, Entry]:
     """Official key -> Entry for a network."""
-    sources = {BLOCKS[family]: SOURCES[source] for family, source in layout.sources.items()}
-    return dict(entries(model, sources, layout.renames))
+    return dict(entries(model, sources_of(layout), layout.renames, deployed=deployed))
+
+
+def deployed_names(model: nn.Module, layout: Architecture) -> dict[str, str]:
+    """Our path of every block -> the official name of the convolution it is deployed as."""
+    sources = sources_of(layout)
+    return {path: sources[type(b)].deployed for path, b in outermost_blocks(model).items()}
+
+
+def made_for(layout: Architecture, state: Mapping) -> nn.Module:
+    """Our body with the options and the number of classes that a file has."""
+    return layout.build(classes=len(state[layout.classifier]), **layout.options(state))
+
+
+def structured(model: nn.Module, layout: Architecture, state: Mapping) -> dict[str, str]:
+    """Give our body the structure of a file: its deployed blocks. Returns `deployed_names`."""
+    deployed, sources = deployed_names(model, layout), sources_of(layout)
+    for path, block in outermost_blocks(model).items():
+        theirs = renamed(path, layout.renames)
+        conv = {joined(theirs, deployed[path], name) for name in WB}
+        rows = block_entries(block, sources[type(block)])
+        if conv <= state.keys() and all(
+            joined(theirs, key) in conv or joined(theirs, key) not in state for key, _ in rows
+        ):
+            model.set_submodule(path, block.deploy())
+    return deployed
 
 
 def load_block(source: str, kwargs: Mapping, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -211,22 +228,39 @@ def export_block(module: nn.Module, source: str) -> State:
 
 
 def load_model(path_or_state: str | Path | Mapping, arch: str) -> nn.Module:
-    """A released network; the number of classes is read from the file.
+    """A released network, whole or deployed; the number of classes is read from the file.
 
+    A block of which the file holds the deployed convolution only becomes that convolution.
     Raises: ValueError for an architecture that is not known, or a file that does not fit it.
     """
     layout, state = named("arch", arch, ARCHITECTURES), read_state(path_or_state)
     if layout.classifier not in state:
         raise ValueError(f"the file does not fit this architecture; missing: {layout.classifier}.")
-    model = layout.build(classes=len(state[layout.classifier]))
-    return fill(model, model_table(model, layout), state)
+    model = made_for(layout, state)
+    deployed = structured(model, layout, state)
+    return fill(model, model_table(model, layout, deployed), state)
 
 
 def export(model: nn.Module, arch: str, epoch: int = 0) -> dict:
-    """{"epoch", "model_state"}: what the official script loads, in its names and order.
+    """What the original script loads, in its names and order: {"epoch", "model_state"} or so.
 
-    Merged convolutions are filled from the current merge; lambda is not part of the layout.
-    Raises: ValueError for an architecture that is not known, or blocks that it does not have.
+    The state is under the key where that script looks for it, or bare where it expects no more.
+    Merged convolutions are filled from the current merge; lambda is not part of the layout. The
+    model may be deployed.
+    Raises: ValueError for an architecture that is not known, or a model of another one.
     """
-    table = model_table(model, named("arch", arch, ARCHITECTURES))
-    return {"epoch": epoch, "model_state": written(model, table)}
+    layout = named("arch", arch, ARCHITECTURES)
+    plain = model_table(model, layout)
+    if layout.classifier not in plain:
+        raise ValueError(f"the model is no {arch}: it has no {layout.classifier}.")
+    with torch.device("meta"):
+        classes = model.state_dict()[plain[layout.classifier].ours[0]]
+        like = made_for(layout, plain | {layout.classifier: classes})
+    table = model_table(model, layout, deployed_names(like, layout))
+    state = written(model, table)
+    with torch.device("meta"):
+        deployed = structured(like, layout, state)
+        expected = model_table(like, layout, deployed)
+        held = [{k: e for k, e in rows.items() if e.ours} for rows in (table, expected)]
+        check(like, held[1], {key: state[key] for key in held[0]})
+    return state if layout.wrapper is None else {"epoch": epoch, layout.wrapper: state}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,10 +83,14 @@ def layers(ours: str, conv: str, norm: str) -> Table:
 
 
 def merged(prefix: str, block: RepBlock) -> Table:
-    """RepAn keeps a merged convolution in every block; in its files it may be stale."""
+    """RepAn keeps a merged convolution in every block; in its files it may be stale.
+
+    Merged once for both rows: a table is made for one reading or writing.
+    """
+    kernel = cache(block.merged)
     return {
-        f"{prefix}.weight": derived(lambda: block.merged().weight),
-        f"{prefix}.bias": derived(lambda: block.merged().bias),
+        f"{prefix}.weight": derived(lambda: kernel().weight),
+        f"{prefix}.bias": derived(lambda: kernel().bias),
     }
 
 
@@ -101,6 +106,22 @@ def repvgg(block: RepBlock) -> Table:
         **layers("dense", "rbr_dense.conv", "rbr_dense.bn"),
         **layers("1x1", "rbr_1x1.conv", "rbr_1x1.bn"),
     }
+
+
+def repopt_repvgg(block: RepBlock) -> Table:
+    table = layers("dense", "conv_3x3", "bn_3x3") | layers("1x1", "conv_1x1", "bn_1x1")
+    return table | {"bn_identity": "branches.identity.norm"}
+
+
+def timm_repvgg(block: RepBlock) -> Table:
+    """As timm and DyRep name it; DyRep grows a block in the place of the first convolution."""
+    table = layers("dense", "conv_kxk.conv", "conv_kxk.bn")
+    table |= layers("1x1", "conv_1x1.conv", "conv_1x1.bn")
+    grown = block.branches["dense"][0]
+    if isinstance(grown, DyRep):
+        rows = {f"conv_kxk.conv.{k}": f"branches.dense.0.{v}" for k, v in dyrep(grown).items()}
+        table = replaced(table, "conv_kxk.conv", rows)
+    return {"identity": "branches.identity.norm", **table}
 
 
 def repan_repvgg(block: RepBlock) -> Table:
@@ -370,8 +391,11 @@ SOURCES = {
     "orepa_repvgg": Source(family("orepa_repvgg"), orepa_repvgg, "rbr_reparam", RENAMED_EXCITE),
     "mobileone": Source(build_mobileone, mobileone, "reparam_conv"),
     "replk": Source(family("replk", small="small_kernel"), replk, "lkb_reparam"),
+    "convbn": Source(family("convbn"), convbn, "conv"),
     "dyrep": Source(build_dyrep, dyrep, "conv_deployed"),
     "repopt_csla": Source(family("csla"), csla, "conv"),
+    "repopt_repvgg": Source(family("repvgg"), repopt_repvgg, "rbr_reparam"),
+    "timm_repvgg": Source(family("repvgg"), timm_repvgg, "reparam_conv"),
     "repmlp": Source(build_repmlp, repmlp, "fc3"),
     "repan_repvgg": Source(build_repan_repvgg, repan_repvgg, "rep_conv"),
     "repan_dbb": Source(family("dbb"), always_merged("dbb_reparam", dbb), "dbb_reparam"),

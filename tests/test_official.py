@@ -22,8 +22,11 @@ CASES = {  # source -> arguments, in the words of the released code
     "orepa_repvgg": SQUARE,
     "mobileone": SQUARE | {"num_conv_branches": 3, "groups": 8},
     "replk": SQUARE | {"kernel_size": 13, "small_kernel": None, "groups": 8},
+    "convbn": SQUARE | {"stride": 2},
     "dyrep": SQUARE | {"branches": [1, 0, 1, 1, 0, 1, 1]},
     "repopt_csla": SQUARE,
+    "repopt_repvgg": SQUARE,
+    "timm_repvgg": SQUARE | {"groups": 2},
     "repmlp": {
         "in_channels": 8,
         "out_channels": 8,

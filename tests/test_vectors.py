@@ -4,7 +4,6 @@ The files are data, not part of this repository: they are looked for in ../share
 $REPLIB_SHARED. An official output may contain the activation that our blocks leave out.
 """
 
-import hashlib
 import json
 import os
 from functools import cache
@@ -160,7 +159,8 @@ def test_every_file_has_a_source():
         for name in fixture_file(path.name):
             assert source_of(name, FIXTURE_SOURCES) or name.startswith(NO_BLOCK), name
     tested = {*VECTOR_SOURCES.values(), *FIXTURE_SOURCES.values()}
-    assert set(official.SOURCES) - tested == {"repan_convbn", "repopt_csla"}  # parts of networks
+    parts = {"convbn", "repan_convbn", "repopt_csla", "repopt_repvgg", "timm_repvgg"}
+    assert set(official.SOURCES) - tested == parts  # of networks
 
 
 BLOCK_CASES = [*vectors(False), *fixtures(False)]
@@ -333,22 +333,6 @@ def test_the_linear_addition_blocks_of_repoptimizers():
         x.mean((2, 3)), state["linear.weight"], state["linear.bias"]
     )
     agree(logits, case["hs_y_eval"], OUTPUT)
-
-
-def digest(state: dict) -> str:
-    lines = sorted(f"{key} {','.join(map(str, value.shape))}" for key, value in state.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@pytest.mark.parametrize("arch", sorted(official.ARCHITECTURES))
-def test_an_export_has_the_official_names_and_shapes(arch):
-    known = json.loads((FIXTURES / "model_key_digests.json").read_text())
-    name = arch.removeprefix("repan_repvgg_").upper()
-    for classes in (10, 100):
-        with torch.device("meta"):  # shapes are enough, and no tensor may end up elsewhere
-            model = official.ARCHITECTURES[arch].build(classes=classes)
-        state = official.export(model, arch)["model_state"]
-        assert digest(state) == known[f"repan/cifar_repvgg_{name}_{classes}"]["sha256"]
 
 
 def test_a_released_network(tmp_path):

@@ -1,6 +1,6 @@
 """Bodies by name: BODIES[name](classes=..., in_channels=..., block=...) -> nn.Module.
 
-A body whose layers are fixed (the ResNet teachers) takes no `block`.
+`block` is a key of `BLOCKS`; a body whose layers are fixed (the ResNet teachers) takes none.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
+from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
+from replib.models.repvgg import REPOPT_VGG, REPVGG, RepVGGPlus, repopt_vgg, repvgg
+from replib.models.resnet import RESNETS, resnet
+from replib.models.vgg import cifar_vgg16
 
 __all__ = ["BODIES", "build"]
 
 
-def resnet110(*, classes: int, in_channels: int = 3) -> nn.Module:
-    """The 110-layer CIFAR ResNet of He et al., CVPR 2016 (1.7 M parameters)."""
+def cifar_resnet(n: int, *, classes: int, in_channels: int = 3) -> nn.Module:
+    """The CIFAR ResNet of He et al., CVPR 2016, with 6 n + 2 layers (110: 1.7 M parameters)."""
     from replib.models.cifar_resnet import CifarResNet  # torchvision is slow to import
 
-    return CifarResNet(18, classes=classes, in_channels=in_channels)
+    return CifarResNet(n, classes=classes, in_channels=in_channels)
 
 
 def resnet101(*, classes: int, in_channels: int = 3) -> nn.Module:
@@ -36,8 +40,18 @@ BODIES = {
     "cifar_repvgg_a1_half": partial(cifar_repvgg, "a1", 0.5),
     "digits": partial(digits_net, 8),
     "digits_wide": partial(digits_net, 24),
-    "cifar_resnet110": resnet110,
+    "cifar_resnet18": partial(resnet, "resnet18", small_images=True),
+    "cifar_resnet56": partial(cifar_resnet, 9),
+    "cifar_resnet110": partial(cifar_resnet, 18),
     "cifar_resnet101": resnet101,
+    "cifar_vgg16": cifar_vgg16,
+    **{name: partial(resnet, name) for name in RESNETS},
+    "wide_resnet18_2": partial(resnet, "resnet18", width=2),
+    "mobilenet_v1": mobilenet_v1,
+    **{f"mobileone_{name}": partial(mobileone, name) for name in MOBILEONE},
+    **{f"repvgg_{name}": partial(repvgg, name) for name in REPVGG},
+    "repvggplus_l2pse": RepVGGPlus,
+    **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
 }
 
 

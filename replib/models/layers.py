@@ -1,9 +1,16 @@
-"""Layers that bodies put around blocks."""
+"""The few pieces that bodies are declared from: a layer, a residual, squeeze-excite, a head."""
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from replib.blocks import BLOCKS
 
 
 class SqueezeExcite(nn.Module):
@@ -20,3 +27,103 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
         return x * self.expand(F.relu(self.reduce(means))).sigmoid()
+
+
+class Residual(nn.Module):
+    """activation(residual(x) + shortcut(x)): (N, I, H, W) -> (N, O, H', W').
+
+    Without a shortcut the input itself is added. drop: the share of images whose residual is
+    left out in training, the others' being scaled up (Huang et al., "Deep Networks with
+    Stochastic Depth", ECCV 2016, section 3).
+    """
+
+    def __init__(
+        self,
+        residual: nn.Module,
+        shortcut: nn.Module | None = None,
+        activation: type[nn.Module] = nn.Identity,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        self.residual, self.shortcut, self.drop = residual, shortcut, drop
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.residual(x)
+        if self.training and self.drop:
+            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop
+            out = out * (kept / (1 - self.drop)).to(out.dtype)
+        return self.activation(out + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def sequence(**layers: nn.Module) -> nn.Sequential:
+    """Named layers one after the other."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def supported(block: str, **options) -> dict:
+    """Those of the options that the family has."""
+    return {name: value for name, value in options.items() if name in BLOCKS[block].options()}
+
+
+def layer(
+    block: str | None,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    stride: int = 1,
+    *,
+    activation: type[nn.Module] | None = nn.ReLU,
+    se: int | None = None,
+    post_se: int | None = None,
+    groups: int = 1,
+    padding: int | None = None,
+    **options,
+) -> nn.Sequential:
+    """A block of a named family and its activation: (N, I, H, W) -> (N, O, H / stride, ...).
+
+    block None: a plain convolution and its norm instead, as two layers `conv` and `norm`.
+    se, post_se: squeeze-excite by that factor before or after the activation.
+    options: those of the family, and the arguments of every block.
+    """
+    padding = kernel_size // 2 if padding is None else padding
+    parts: dict[str, nn.Module] = {}
+    if block is None:
+        shape = (in_channels, out_channels, kernel_size, stride, padding)
+        parts["conv"] = nn.Conv2d(*shape, groups=groups, bias=False)
+        parts["norm"] = nn.BatchNorm2d(out_channels)
+    else:
+        shape = (in_channels, out_channels, kernel_size, stride, padding)
+        parts["block"] = BLOCKS[block](*shape, groups=groups, **options)
+    if se is not None:
+        parts["se"] = SqueezeExcite(out_channels, out_channels // se)
+    if activation is not None:
+        parts["act"] = activation()
+    if post_se is not None:
+        parts["post_se"] = SqueezeExcite(out_channels, out_channels // post_se)
+    return sequence(**parts)
+
+
+def pooled(channels: int, classes: int, name: str = "linear") -> Mapping[str, nn.Module]:
+    """Global average pooling and a linear classifier, by name: (N, C, H, W) -> (N, classes)."""
+    return {
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        name: nn.Linear(channels, classes),
+    }
+
+
+@torch.no_grad()
+def drawn_by_fan_out(model: nn.Module) -> nn.Module:
+    """The model, its plain convolutions and linear layers drawn anew (DyRep's CIFAR networks).
+
+    Convolutions are normal with variance 2 / (kernel size O), linear weights uniform in
+    +-1 / sqrt(O), biases 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.Linear):
+            nn.init.uniform_(module.weight, -1, 1).mul_(1 / math.sqrt(module.out_features))
+            nn.init.zeros_(module.bias)
+    return model
