@@ -14,6 +14,8 @@ from torch import nn
 from replib.models import BODIES
 from replib.models.cifar_repvgg import WIDTH_FACTORS
 from replib.models.mobile import MOBILEONE
+from replib.models.replknet import REPLKNET
+from replib.models.repmlpnet import REPMLPNET
 from replib.models.repvgg import REPOPT_VGG, REPVGG
 from replib.sources import Renames
 
@@ -45,7 +47,7 @@ class Architecture:
 
 
 def body(name: str, block: str | None = None) -> Callable[..., nn.Module]:
-    """A body of `BODIES`, with blocks of this family."""
+    """A body of `BODIES`, with blocks of this family (None: plain layers)."""
     return partial(BODIES[name], block=block)
 
 
@@ -142,11 +144,6 @@ def repan_family() -> dict[str, Architecture]:
 
 # -- the zoos of DBB and OREPA ---------------------------------------------------------------------
 OREPA_SOURCES = {name: name for name in ("orepa", "orepa_1x1", "orepa_stem")}
-ZOO_BLOCKS = {  # of a suffix: the family, and what names the blocks
-    "": None,
-    "_base": ("convbn", {}),
-    "_dbb": ("dbb", {"dbb": "dbb"}),
-}
 
 
 def zoo_family() -> dict[str, Architecture]:
@@ -171,8 +168,115 @@ def zoo_family() -> dict[str, Architecture]:
     return made
 
 
+# -- RepLKNet, RepMLPNet ---------------------------------------------------------------------------
+LARGE_KERNELS = (
+    (r"stage(\d)\.(\d+)\.residual\.(\w+?)(?:\.block)?", r"stages.\1.blocks.\2.\3"),
+    (r"transition(\d)\.(\d)\.block", r"transitions.\1.\2"),
+    BLOCK,
+)
+MLP = (
+    (r"stage(\d)\.(\d+)\.mix\.residual\.norm", r"stages.\1.\2.prebn1"),
+    (r"stage(\d)\.(\d+)\.mix\.residual\.repmlp", r"stages.\1.\2.repmlp_block"),
+    (r"stage(\d)\.(\d+)\.ffn\.residual\.norm", r"stages.\1.\2.prebn2"),
+    (r"stage(\d)\.(\d+)\.ffn\.residual\.(fc\d)\.block", r"stages.\1.\2.ffn_block.ffn_\3"),
+    (r"embed(\d)\.block", r"embeds.\1"),
+    BLOCK,
+)
+
+
+def other_families() -> dict[str, Architecture]:
+    made = {}
+    for name in REPLKNET:
+        sources = {"replk": "replk", "convbn": "convbn"}
+        made[f"replknet_{name}"] = Architecture(
+            body(f"replknet_{name}", "replk"), sources, LARGE_KERNELS, "head.weight", "model"
+        )
+    for name in REPMLPNET:
+        sources = {"repmlp": "repmlp", "convbn": "convbn"}
+        made[f"repmlpnet_{name}"] = Architecture(
+            BODIES[f"repmlpnet_{name}"], sources, MLP, "head.weight", "model"
+        )
+    return made
+
+
+# -- DyRep: plain networks, in which blocks have grown ---------------------------------------------
+def torchvision_resnet(name: str, *, classes: int) -> nn.Module:
+    from torchvision.models import get_model  # slow to import
+
+    return get_model(name, num_classes=classes)
+
+
+VGG16 = (
+    (r"(features\.conv\d+)\.norm", r"\1.bn1"),
+    (r"features\.fc", "features.fc.fc.0"),
+    ("classifier", "classifier.linear1"),
+)
+MOBILENET_V1 = (
+    (r"conv1\.conv", "model.0.0"),
+    (r"conv1\.norm", "model.0.1"),
+    *(
+        (rf"stem\.{i}\.{part}\.{kind}", f"model.{i + 1}.{number}")
+        for i in range(13)
+        for number, part, kind in (
+            (0, "depthwise", "conv"),
+            (1, "depthwise", "norm"),
+            (3, "pointwise", "conv"),
+            (4, "pointwise", "norm"),
+        )
+    ),
+    ("linear", "fc"),
+)
+TIMM_STAGES = (
+    (r"stage0\.block", "stem"),
+    *((rf"stage{i + 1}\.(\d+)\.block", rf"stages.{i}.\1") for i in range(4)),
+    ("linear", "head.fc"),
+)
+
+
+def dyrep_family() -> dict[str, Architecture]:
+    grown = {"dyrep": "dyrep"}
+    rows = {
+        "vgg16": (body("cifar_vgg16"), grown, VGG16, "classifier.linear1.weight"),
+        "mobilenet_v1": (body("mobilenet_v1"), grown, MOBILENET_V1, "fc.weight"),
+    }
+    for name in ("resnet18", "resnet34", "resnet50"):
+        rows[name] = (partial(torchvision_resnet, name), grown, (), "fc.weight")
+    for name in REPVGG:
+        if name != "d2se":
+            made = body(f"repvgg_{name}", "repvgg")
+            sources = {"repvgg": "timm_repvgg"}
+            rows[f"repvgg_{name}"] = (made, sources, TIMM_STAGES, "head.fc.weight")
+    return {f"dyrep_{k}": Architecture(*row, "model", grows=True) for k, row in rows.items()}
+
+
+# -- the teachers of RepAn's distillation ----------------------------------------------------------
+BOTTLENECKS = tuple(
+    (rf"layer{i}\.(\d+)\.{ours}", rf"conv{i + 1}_x.\1.{theirs}")
+    for i in range(1, 5)
+    for ours, theirs in (
+        *((f"conv{j}", f"residual_function.{3 * j - 3}") for j in (1, 2, 3)),
+        *((f"bn{j}", f"residual_function.{3 * j - 2}") for j in (1, 2, 3)),
+        (r"downsample\.0", "shortcut.0"),
+        (r"downsample\.1", "shortcut.1"),
+    )
+)
+TEACHERS = {
+    "repan_teacher_resnet101": Architecture(
+        BODIES["cifar_resnet101"],
+        {},
+        (("conv1", "conv1.0"), ("bn1", "conv1.1"), *BOTTLENECKS),
+        "fc.weight",
+    ),
+    "repan_teacher_resnet110": Architecture(
+        BODIES["cifar_resnet110"], {}, (), wrapper="state_dict"
+    ),
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     **repan_family(),
+    **TEACHERS,
     **repvgg_family(),
     **zoo_family(),
+    **other_families(),
+    **dyrep_family(),
 }

@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from replib.blocks import RepBlock
+from replib.blocks.repmlp import RepMLP
 
 
 def outermost_blocks(model: nn.Module) -> dict[str, RepBlock]:
@@ -35,5 +36,7 @@ def fuse(model: nn.Module) -> nn.Module:
         )
     # A copy in which every block is replaced by its convolution: deepcopy takes what the memo
     # already holds, also at the root and where one block is used in several places.
-    deployed = {id(block): block.deploy() for block in outermost_blocks(model).values()}
+    blocks = [*outermost_blocks(model).values()]
+    blocks += [module for module in model.modules() if isinstance(module, RepMLP)]
+    deployed = {id(block): block.deploy() for block in blocks}
     return copy.deepcopy(model, deployed)

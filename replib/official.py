@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from replib.architectures import ARCHITECTURES, Architecture
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
+from replib.blocks.repvgg import RepVGG
 from replib.convert import outermost_blocks
 from replib.models.layers import SqueezeExcite
 from replib.sources import SOURCES, Entry, Renames, Source
@@ -165,7 +166,8 @@ def block_table(module: nn.Module, source: str) -> dict[str, Entry]:
 
 def sources_of(layout: Architecture) -> dict[type, Source]:
     """What names the blocks of a network, by their class."""
-    return {BLOCKS[family]: SOURCES[source] for family, source in layout.sources.items()}
+    families = {**BLOCKS, "repmlp": RepMLP}
+    return {families[family]: SOURCES[source] for family, source in layout.sources.items()}
 
 
 def model_table(
@@ -175,10 +177,16 @@ def model_table(
     return dict(entries(model, sources_of(layout), layout.renames, deployed=deployed))
 
 
+def deployable(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a network by our path."""
+    mlps = {path: m for path, m in model.named_modules() if isinstance(m, RepMLP)}
+    return outermost_blocks(model) | mlps
+
+
 def deployed_names(model: nn.Module, layout: Architecture) -> dict[str, str]:
     """Our path of every block -> the official name of the convolution it is deployed as."""
     sources = sources_of(layout)
-    return {path: sources[type(b)].deployed for path, b in outermost_blocks(model).items()}
+    return {path: sources[type(block)].deployed for path, block in deployable(model).items()}
 
 
 def made_for(layout: Architecture, state: Mapping) -> nn.Module:
@@ -186,18 +194,41 @@ def made_for(layout: Architecture, state: Mapping) -> nn.Module:
     return layout.build(classes=len(state[layout.classifier]), **layout.options(state))
 
 
-def structured(model: nn.Module, layout: Architecture, state: Mapping) -> dict[str, str]:
-    """Give our body the structure of a file: its deployed blocks. Returns `deployed_names`."""
+def structured(model: nn.Module, layout: Architecture, state: State) -> dict[str, str]:
+    """Give our body the grown and the deployed blocks of a file; returns `deployed_names`."""
+    if layout.grows:
+        grow(model, layout, state)
     deployed, sources = deployed_names(model, layout), sources_of(layout)
-    for path, block in outermost_blocks(model).items():
-        theirs = renamed(path, layout.renames)
-        conv = {joined(theirs, deployed[path], name) for name in WB}
-        rows = block_entries(block, sources[type(block)])
-        if conv <= state.keys() and all(
-            joined(theirs, key) in conv or joined(theirs, key) not in state for key, _ in rows
-        ):
+    for path, block in deployable(model).items():
+        source, theirs = sources[type(block)], renamed(path, layout.renames)
+        conv = {joined(theirs, source.deployed, name) for name in WB}
+        rows = [key for key, _ in block_entries(block, source) if not key.startswith(source.kept)]
+        gone = {joined(theirs, key) for key in rows} - conv
+        if conv <= state.keys() and gone.isdisjoint(state):
             model.set_submodule(path, block.deploy())
     return deployed
+
+
+def grow(model: nn.Module, layout: Architecture, state: State) -> None:
+    """Put DyRep blocks where a file has them in the place of a convolution.
+
+    One that was cut down to a single branch again is a convolution with bias.
+    """
+    for path, conv in [*model.named_modules()]:
+        theirs, g = renamed(path, layout.renames), conv
+        if isinstance(conv, RepVGG):
+            path, g = joined(path, "branches.dense.0"), conv.geometry
+            theirs = joined(theirs, "conv_kxk.conv")
+        elif not isinstance(conv, nn.Conv2d):
+            continue
+        start = f"{theirs}."
+        own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        if any(key.startswith("dbb_") for key in own):
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+            kwargs = {name: getattr(g, name) for name in names}
+            model.set_submodule(path, SOURCES["dyrep"].build(kwargs, own))
+        elif "bias" in own and getattr(conv, "bias", own) is None:
+            conv.bias = nn.Parameter(torch.empty(conv.out_channels))
 
 
 def load_block(source: str, kwargs: Mapping, state_dict: Mapping[str, Tensor]) -> nn.Module:

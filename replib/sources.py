@@ -58,12 +58,14 @@ class Source:
     build: (its arguments, its file) -> our block; names: our block -> table.
     deployed: the name of the one convolution that its deployed form consists of.
     around: (pattern of our path, official path) of the layers around the block.
+    kept: what the official names begin with that are the same in the deployed form.
     """
 
     build: Callable[[Mapping, State], nn.Module]
     names: Callable[[nn.Module], Table]
     deployed: str
     around: Renames = (("block", ""),)
+    kept: tuple[str, ...] = ()
 
 
 def family(name: str, **renamed: str) -> Callable[[Mapping, State], RepBlock]:
@@ -396,7 +398,7 @@ SOURCES = {
     "repopt_csla": Source(family("csla"), csla, "conv"),
     "repopt_repvgg": Source(family("repvgg"), repopt_repvgg, "rbr_reparam"),
     "timm_repvgg": Source(family("repvgg"), timm_repvgg, "reparam_conv"),
-    "repmlp": Source(build_repmlp, repmlp, "fc3"),
+    "repmlp": Source(build_repmlp, repmlp, "fc3", kept=("gp.",)),
     "repan_repvgg": Source(build_repan_repvgg, repan_repvgg, "rep_conv"),
     "repan_dbb": Source(family("dbb"), always_merged("dbb_reparam", dbb), "dbb_reparam"),
     "repan_acb": Source(family("acb"), always_merged("fused_conv", acb), "fused_conv"),

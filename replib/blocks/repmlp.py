@@ -100,3 +100,15 @@ class RepMLP(nn.Module):
             weight = answers.reshape(pixels, -1).t().reshape(total.weight.shape)
             total = total + Kernel(weight, bias, self.sets)
         return total.to(dtype)
+
+    @torch.no_grad()
+    def deploy(self) -> RepMLP:
+        """A new block that computes the same in eval mode, with the dense map alone."""
+        kernel, shape = self.merged(), (self.channels, self.h, self.w, self.sets)
+        with torch.random.fork_rng(devices=[]):  # its initialisation is overwritten at once
+            made = RepMLP(*shape, (), self.official_order).to(kernel.weight)
+        made.norm, made.dense.bias = nn.Identity(), nn.Parameter(kernel.bias)
+        made.reduce.load_state_dict(self.reduce.state_dict())
+        made.expand.load_state_dict(self.expand.state_dict())
+        made.dense.weight.copy_(kernel.weight)
+        return made.train(self.training)

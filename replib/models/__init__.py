@@ -13,6 +13,8 @@ from torch import nn
 from replib.blocks import BLOCKS
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
 from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
+from replib.models.replknet import REPLKNET, replknet
+from replib.models.repmlpnet import REPMLPNET, repmlpnet
 from replib.models.repvgg import REPOPT_VGG, REPVGG, RepVGGPlus, repopt_vgg, repvgg
 from replib.models.resnet import RESNETS, resnet
 from replib.models.vgg import cifar_vgg16
@@ -52,6 +54,8 @@ BODIES = {
     **{f"repvgg_{name}": partial(repvgg, name) for name in REPVGG},
     "repvggplus_l2pse": RepVGGPlus,
     **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
+    **{f"replknet_{name}": partial(replknet, name) for name in REPLKNET},
+    **{f"repmlpnet_{name}": partial(repmlpnet, name) for name in REPMLPNET},
 }
 
 

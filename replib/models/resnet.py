@@ -60,7 +60,7 @@ def resnet(
     classes: int,
     block: str = "convbn",
     in_channels: int = 3,
-    width: int = 1,
+    width: float = 1,
     small_images: bool = False,
 ) -> nn.Module:
     """A key of `RESNETS`: (N, in_channels, H, W) -> (N, classes).
@@ -70,7 +70,7 @@ def resnet(
     7x7 and the max-pooling.
     """
     bottleneck, depths, groups = RESNETS[name]
-    channels = 64 * width
+    channels = int(64 * width)
     if small_images:
         stem = layer(None, in_channels, channels, 3)
     else:
@@ -81,7 +81,7 @@ def resnet(
         stage = stages[f"stage{i + 1}"] = nn.Sequential()
         for j in range(depth):
             stride = 2 if i and not j else 1
-            planes = 64 * width * 2**i
+            planes = int(64 * width) * 2**i
             made, channels = residual(block, channels, planes, stride, bottleneck, groups)
             stage.append(made)
     return sequence(**stages, **pooled(channels, classes))
