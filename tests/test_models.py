@@ -1,0 +1,174 @@
+"""Bodies: their parameter counts are those of the papers' codes, and they map images to classes.
+
+On the meta device, where a network of any size costs no memory.
+"""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_blocks import scrambled
+from torch import nn
+
+from replib import fuse
+from replib.blocks import BLOCKS
+from replib.models import BODIES, build
+from replib.models.layers import Residual, layer
+
+torch.set_num_threads(1)
+COUNTS = {  # (body, block, classes): parameters in training, and deployed; spec/*.md
+    ("cifar_repvgg_a0", "repvgg", 10): (418_122, 372_690),
+    ("cifar_repvgg_b3", "repvgg", 10): (6_939_402, 6_228_618),
+    ("cifar_vgg16", None, 10): (14_986_698, None),
+    ("cifar_vgg16", None, 100): (15_032_868, None),
+    ("cifar_resnet101", None, 100): (42_697_380, None),
+    ("cifar_resnet110", None, 10): (1_727_962, None),
+    ("resnet18", "convbn", 1000): (11_689_512, 11_684_712),
+    ("resnet34", "convbn", 1000): (21_797_672, 21_789_160),
+    ("resnet50", "convbn", 1000): (25_557_032, 25_530_472),
+    ("resnet101", "convbn", 1000): (44_549_160, 44_496_488),
+    ("wide_resnet18_2", "convbn", 1000): (45_693_032, 45_683_432),
+    ("resnext50_32x4d", "convbn", 1000): (25_028_904, 24_994_792),
+    ("resnet18", "dbb", 1000): (26_288_296, 11_684_712),
+    ("resnet50", "dbb", 1000): (40_684_456, 25_530_472),
+    ("resnet34", "orepa", 1000): (71_722_121, 21_789_160),
+    ("resnet101", "orepa", 1000): (122_492_553, 44_496_488),
+    ("resnext50_32x4d", "orepa", 1000): (63_711_625, 24_994_792),
+    ("mobilenet_v1", "convbn", 1000): (4_231_976, 4_221_032),
+    ("mobilenet_v1", "dbb", 1000): (4_372_183, 4_221_032),
+    ("repvgg_a0", "repvgg", 1000): (9_108_968, 8_309_384),
+    ("repvgg_b2g4", "repvgg", 1000): (61_758_376, 55_777_512),
+    ("repvgg_d2se", "repvgg", 1000): (133_334_836, 120_387_572),
+    ("repvgg_a2", "orepa_repvgg", 1000): (81_792_873, 25_499_944),
+    ("repvggplus_l2pse", "repvgg", 1000): (146_062_864, None),
+    ("repopt_vgg_b1", "convbn", 1000): (51_841_832, 51_829_480),
+    ("repopt_vgg_l2", "csla", 100): (128_731_396, None),
+    ("mobileone_s0", "mobileone", 1000): (5_293_272, 2_078_504),
+    ("mobileone_s4", "mobileone", 1000): (14_951_248, 14_838_352),
+    ("replknet_31b", "replk", 1000): (79_864_168, None),
+    ("replknet_xl", "replk", 1000): (335_435_752, None),
+    ("repmlpnet_t224", None, 1000): (38_293_608, None),
+    ("repmlpnet_l256", None, 1000): (117_641_560, None),
+}
+QUICK = 30e6  # parameters; larger ones are counted in the slow tier
+
+
+def made(body: str, block: str | None, classes: int) -> nn.Module:
+    takes_block = "block" in inspect.signature(BODIES[body]).parameters
+    with torch.device("meta"):
+        return BODIES[body](classes=classes, **({"block": block} if takes_block else {}))
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def counted():
+    for case, (training, deployed) in COUNTS.items():
+        marks = [pytest.mark.slow] if training > QUICK else []
+        yield pytest.param(*case, training, deployed, marks=marks, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize("body, block, classes, training, deployed", list(counted()))
+def test_a_body_has_as_many_parameters_as_the_released_one(
+    body, block, classes, training, deployed
+):
+    model = made(body, block, classes)
+    assert size(model) == training
+    if deployed is not None:
+        assert size(fuse(model.eval())) == deployed
+
+
+SMALL = ["digits", "cifar_repvgg_a1_half", "cifar_resnet18", "cifar_resnet56", "cifar_vgg16"]
+SMALL += ["resnet18", "mobilenet_v1", "mobileone_s0", "mobileone_s4", "repvgg_a0"]
+ALSO = ["resnext50_32x4d", "wide_resnet18_2", "repvgg_b1g4", "replknet_31b", "repmlpnet_t224"]
+
+
+@pytest.mark.parametrize(
+    "body", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in ALSO)]
+)
+@torch.no_grad()
+def test_images_go_in_and_classes_come_out(body):
+    torch.manual_seed(0)
+    pixels = 224 if body == "repmlpnet_t224" else 8 if body == "digits" else 32
+    channels = 1 if body == "digits" else 2
+    model = BODIES[body](classes=7, in_channels=channels)
+    x = torch.randn(2, channels, pixels, pixels)
+    assert model(x).shape == (2, 7)
+    model, x = scrambled(model.eval()).double(), x.double()
+    expected, deployed = model(x), fuse(model)
+    assert not any(type(module) in BLOCKS.values() for module in deployed.modules())
+    # Float64, up to fifty layers, whose gates may amplify: 1e-9 of the largest logit.
+    error = (deployed(x) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("block", ["dbb", "acb", "rep", "repvgg", "orepa", "mobileone", "convbn"])
+@pytest.mark.parametrize("body", ["resnet18", "mobilenet_v1", "mobileone_s0", "repvgg_a0"])
+def test_a_body_takes_any_family(body, block):
+    with torch.device("meta"):
+        model = build(body, block, classes=7, in_channels=3)
+    assert any(isinstance(module, BLOCKS[block]) for module in model.modules())
+
+
+def test_where_a_resnet_is_reparameterized():
+    """DBB: 3x3 only. OREPA: everything but the shortcuts of basic blocks."""
+    for body, block, families in (
+        ("resnet18", "dbb", {"ConvBN": 4, "DBB": 16}),
+        ("resnet18", "orepa", {"OREPAStem": 1, "OREPA": 16, "ConvBN": 3}),
+        ("resnet50", "orepa", {"OREPAStem": 1, "OREPA": 16, "OREPA1x1": 36}),
+        ("cifar_resnet18", "dbb", {"ConvBN": 3, "DBB": 16}),
+    ):
+        model, found = made(body, block, 10), {}
+        for module in model.modules():
+            if type(module) in BLOCKS.values():
+                found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
+        assert found == families
+
+
+def test_groups_of_repvgg_are_on_every_second_layer():
+    model = made("repvgg_b1g4", "repvgg", 10)
+    groups = [m.geometry.groups for m in model.modules() if isinstance(m, BLOCKS["repvgg"])]
+    assert groups == [1] + [1, 4] * 13 + [1]
+
+
+def test_the_scales_of_the_hyper_search_start_as_published():
+    torch.manual_seed(0)
+    model = BODIES["repopt_vgg_b1"](classes=2, block="csla")
+    first, second, third = (model.stage2[i].block.branches for i in (0, 1, 3))
+    for branches, expected in ((first, 1.0), (second, 2**0.5), (third, (2 / 3) ** 0.5)):
+        for name in ("conv", "1x1"):
+            assert torch.allclose(branches[name][1].weight, torch.tensor(expected))
+    assert torch.equal(second["identity"].weight, torch.ones(256))
+
+
+def test_a_residual_is_left_out_for_a_share_of_the_images():
+    torch.manual_seed(0)
+    module, x = Residual(nn.Identity(), drop=0.25).train(), torch.ones(4000, 1, 1, 1)
+    out = module(x).flatten()
+    assert {round(value, 4) for value in out.tolist()} == {1.0, round(1 + 4 / 3, 4)}
+    assert abs((out > 1).float().mean() - 0.75) < 0.03
+    assert torch.equal(module.eval()(x), 2 * x)
+
+
+def test_a_layer_orders_its_parts():
+    names = [name for name, _ in layer("rep", 8, 8, se=4, post_se=2).named_children()]
+    assert names == ["block", "se", "act", "post_se"]
+    assert [name for name, _ in layer(None, 8, 8, activation=None).named_children()] == [
+        "conv",
+        "norm",
+    ]
+
+
+def test_names_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"body \(='vgg'\) must be one of cifar_repvgg_a0, "):
+        build("vgg", "dbb", classes=10, in_channels=3)
+    with pytest.raises(ValueError, match=r"block \(='dbc'\) must be one of repvgg, acb, "):
+        build("resnet18", "dbc", classes=10, in_channels=3)
+
+
+def test_importing_replib_does_not_import_torchvision():
+    code = "import sys, replib; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
