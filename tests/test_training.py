@@ -181,7 +181,7 @@ def test_flops_are_those_of_the_convolutions():
     student, teacher = training_flops(run)
     assert teacher == 0
     blocks = list(outermost_blocks(run.model).values())
-    space = [64, 16, 16, 4, 4]
+    space = [64, 16, 16, 4]
     macs = [
         (9 + 1) * b.in_channels * b.out_channels * s for b, s in zip(blocks, space, strict=True)
     ]

@@ -41,7 +41,7 @@ BODIES = {
     # For processors: the topology of A1 at half its width.
     "cifar_repvgg_a1_half": partial(cifar_repvgg, "a1", 0.5),
     "digits": partial(digits_net, 8),
-    "digits_wide": partial(digits_net, 24),
+    "digits_wide": partial(digits_net, 16),
     "cifar_resnet18": partial(resnet, "resnet18", small_images=True),
     "cifar_resnet56": partial(cifar_resnet, 9),
     "cifar_resnet110": partial(cifar_resnet, 18),

@@ -96,9 +96,9 @@ def cifar_repvgg(
 def digits_net(
     width: int, *, classes: int, block: str = "repvgg", in_channels: int = 1
 ) -> StageNet:
-    """The same layout shrunk to 8x8 images: three stages of one, two and two blocks."""
+    """The same layout shrunk to 8x8 images: three stages of one, two and one blocks."""
     return StageNet(
-        (1, 2, 2),
+        (1, 2, 1),
         (width, 2 * width, 4 * width),
         (1, 2, 2),
         classes=classes,
