@@ -237,7 +237,7 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         line = f"(line {event.start_mark.line + 1})"
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+        if event.anchor is not None:
             raise yaml.YAMLError(f"anchors and aliases (& and *) are not allowed {line}")
         if event.tag is not None:
             raise yaml.YAMLError(f"the tag {event.tag} is not allowed {line}")
