@@ -41,7 +41,6 @@ COUNTS = {  # (body, block, classes): parameters in training, and deployed; spec
     ("repvgg_a0", "repvgg", 1000): (9_108_968, 8_309_384),
     ("repvgg_b2g4", "repvgg", 1000): (61_758_376, 55_777_512),
     ("repvgg_d2se", "repvgg", 1000): (133_334_836, 120_387_572),
-    ("repvgg_a2", "orepa_repvgg", 1000): (81_792_873, 25_499_944),
     ("repvggplus_l2pse", "repvgg", 1000): (146_062_864, None),
     ("repopt_vgg_b1", "convbn", 1000): (51_841_832, 51_829_480),
     ("repopt_vgg_l2", "csla", 100): (128_731_396, None),
