@@ -81,7 +81,14 @@ def test_a_body_has_as_many_parameters_as_the_released_one(
 
 
 SMALL = ["digits", "cifar_repvgg_a1_half", "cifar_resnet18", "cifar_resnet56", "cifar_vgg16"]
-SMALL += ["resnet18", "mobilenet_v1", "mobileone_s0", "mobileone_s4", "repvgg_a0"]
+SMALL += [
+    "repopt_ghostnet_050",
+    "resnet18",
+    "mobilenet_v1",
+    "mobileone_s0",
+    "mobileone_s4",
+    "repvgg_a0",
+]
 ALSO = ["resnext50_32x4d", "wide_resnet18_2", "repvgg_b1g4", "replknet_31b", "repmlpnet_t224"]
 
 
@@ -141,6 +148,18 @@ def test_the_scales_of_the_hyper_search_start_as_published():
         for name in ("conv", "1x1"):
             assert torch.allclose(branches[name][1].weight, torch.tensor(expected))
     assert torch.equal(second["identity"].weight, torch.ones(256))
+
+
+def test_the_ghosts_of_the_search_have_an_identity_and_no_1x1():
+    torch.manual_seed(0)
+    model = BODIES["repopt_ghostnet_050"](classes=2, block="csla")
+    blocks = [m for m in model.modules() if isinstance(m, BLOCKS["csla"])]
+    assert len(blocks) == 32
+    assert all(list(block.branches) == ["conv", "identity"] for block in blocks)
+    starts = [block.branches["conv"][1].weight[0].item() for block in blocks[:6]]
+    one, two, three, four = 1.0, (2 / 3) ** 0.5, 0.5**0.5, (2 / 5) ** 0.5
+    # The first residual keeps 8 channels at stride 1; the third is the second of its stage.
+    assert starts == pytest.approx([one, two, one, two, three, four])
 
 
 def test_a_residual_is_left_out_for_a_share_of_the_images():

@@ -12,6 +12,7 @@ class CSLA(RepBlock):
     Constant-scale linear addition. With trainable_scales=True it is the network of the
     hyper-search; otherwise the scales of the convolutions are constants (the identity's is not).
     initial: both scales at first (official: 1, later in a stage sqrt(2 / i)).
+    pointwise=False leaves the 1x1 out, as in RepOpt-GhostNet.
     Source: Ding et al., "Re-parameterizing Your Optimizers", ICLR 2023, section 3.1.
     """
 
@@ -20,11 +21,16 @@ class CSLA(RepBlock):
     cannot = OFF_CENTRE
 
     def declare(
-        self, g: Geometry, trainable_scales: bool = True, initial: float = 1.0
+        self,
+        g: Geometry,
+        trainable_scales: bool = True,
+        initial: float = 1.0,
+        pointwise: bool = True,
     ) -> dict[str, Piece]:
         branches: dict[str, Piece] = {
             name: Chain(g.conv(size), g.scale(initial, trainable=trainable_scales))
             for name, size in (("conv", None), ("1x1", 1))
+            if pointwise or name == "conv"
         }
         return branches | ({"identity": g.scale()} if g.keeps_shape else {})
 

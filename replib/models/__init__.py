@@ -12,6 +12,7 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
+from replib.models.ghost import repopt_ghostnet
 from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
 from replib.models.replknet import REPLKNET, replknet
 from replib.models.repmlpnet import REPMLPNET, repmlpnet
@@ -19,7 +20,7 @@ from replib.models.repvgg import REPOPT_VGG, REPVGG, RepVGGPlus, repopt_vgg, rep
 from replib.models.resnet import RESNETS, resnet
 from replib.models.vgg import cifar_vgg16
 
-__all__ = ["BODIES", "build"]
+__all__ = ["BODIES", "BODY_VERSIONS", "build"]
 
 
 def cifar_resnet(n: int, *, classes: int, in_channels: int = 3) -> nn.Module:
@@ -54,9 +55,14 @@ BODIES = {
     **{f"repvgg_{name}": partial(repvgg, name) for name in REPVGG},
     "repvggplus_l2pse": RepVGGPlus,
     **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
+    "repopt_ghostnet_050": partial(repopt_ghostnet, 0.5),
     **{f"replknet_{name}": partial(replknet, name) for name in REPLKNET},
     **{f"repmlpnet_{name}": partial(repmlpnet, name) for name in REPMLPNET},
 }
+
+
+# Raised by hand when the numbers of a body change; a body that is not named is at its first.
+BODY_VERSIONS: dict[str, int] = {}
 
 
 def build(body: str, block: str, *, classes: int, in_channels: int) -> nn.Module:

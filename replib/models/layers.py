@@ -19,14 +19,15 @@ class SqueezeExcite(nn.Module):
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, section 3.
     """
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int, hidden: int, gate: type[nn.Module] = nn.Sigmoid):
         super().__init__()
         self.reduce = nn.Conv2d(channels, hidden, 1)
         self.expand = nn.Conv2d(hidden, channels, 1)
+        self.gate = gate()
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
-        return x * self.expand(F.relu(self.reduce(means))).sigmoid()
+        return x * self.gate(self.expand(F.relu(self.reduce(means))))
 
 
 class Residual(nn.Module):
