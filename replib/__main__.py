@@ -126,7 +126,11 @@ def list_tables(arguments: argparse.Namespace) -> None:
 
     for table, names in profiles().items():
         for profile in names:
-            loaded = load_table(profile_path(table, profile))
+            try:
+                loaded = load_table(profile_path(table, profile))
+            except UserError as error:
+                print(f"{table:<10} {profile:<16} {error}")
+                continue
             cells = len(loaded.rows) * len(loaded.seeds)
             print(
                 f"{table:<10} {profile:<16} {loaded.cell['data']:<12} {cells:>4} cells   "
@@ -135,15 +139,21 @@ def list_tables(arguments: argparse.Namespace) -> None:
 
 
 def reports(arguments: argparse.Namespace) -> None:
+    from replib.experiments.params import load_table
+    from replib.experiments.store import Store
     from replib.report.render import index, reproduce
-    from replib.report.results import Results, profiles
+    from replib.report.results import Results, profile_path, profiles
 
     os.environ["REPLIB_TRAIN"] = "0"
+    seen = Store().data_seen()
     for table, names in profiles().items():
         for profile in names:
             try:
+                loaded = load_table(profile_path(table, profile))
+                if loaded.cell.get("data") not in seen:  # nothing to show: do not fetch its data
+                    continue
                 results = Results(table, profile)
-            except UserError as error:  # its data are not on this machine
+            except UserError as error:  # its parameters are wrong, or its data not on this machine
                 print(f"{table} {profile}: not rendered: {error}")
                 continue
             if results.own or results.published:

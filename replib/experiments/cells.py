@@ -27,7 +27,7 @@ from replib.errors import UserError
 from replib.experiments.params import Cell, Table
 from replib.experiments.store import Store, home, sha256
 from replib.methods import cycle, distill
-from replib.models import build
+from replib.models import BODY_VERSIONS, build
 from replib.training import checkpoint, loop
 from replib.training.data import derive, load, split
 from replib.training.loop import Recipe, Task, fit
@@ -80,6 +80,8 @@ class Plan:
 def versions_of(cell: Cell) -> dict[str, int]:
     """The hand-raised versions of everything whose numbers this cell depends on."""
     versions = {"engine": loop.VERSION, f"block:{cell.block}": BLOCKS[cell.block].version}
+    if cell.body in BODY_VERSIONS:  # a body that never changed adds nothing to the key
+        versions[f"body:{cell.body}"] = BODY_VERSIONS[cell.body]
     if cell.cycle is not None:
         versions["cycle"] = cycle.VERSION
     if cell.distill is not None:
@@ -187,7 +189,13 @@ def trained_model(planned: Planned, store: Store) -> nn.Module:
             + ": run the table again, it trains what is missing."
         )
     model = new_model(planned.cell)
-    model.load_state_dict(weights["model"])
+    try:
+        model.load_state_dict(weights["model"])
+    except RuntimeError:
+        raise UserError(
+            f"the weights of cell {planned.key[:16]} do not fit its network: an older version of "
+            f"the code made them; remove {store.folder(planned.key)} and run again."
+        ) from None
     return model.eval()
 
 

@@ -14,13 +14,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
-from replib.models import BODIES
+from replib.models import BODIES, build
 from replib.training.data import DATA
 
 Positive = Annotated[int, Field(ge=1, le=10**6)]
@@ -394,6 +395,13 @@ def check_row(table: Table, row: str, where: str) -> None:
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
+    try:
+        with torch.device("meta"):  # shapes only: nothing is drawn or stored
+            build(cell.body, cell.block, classes=10, in_channels=3)
+    except ValueError as error:
+        raise UserError(
+            f"{where}, row {row}: body={cell.body}, block={cell.block}: {error}"
+        ) from None
     drawn = cell.train_images
     if cell.protocol == "clean" and not 0 < cell.held_out < (drawn or math.inf):
         raise UserError(

@@ -85,6 +85,12 @@ class Store:
                 return evidence
         return None
 
+    def data_seen(self) -> set[str]:
+        """The names of the data sets of all evidence that is here."""
+        paths = [*self.runs.glob("*/result.json"), *self.published.glob("*.json")]
+        found = [evidence for path in paths if (evidence := read_evidence(path)) is not None]
+        return {evidence["result"].get("parameters", {}).get("data") for evidence in found}
+
     def write(self, key: str, result: dict, context: dict) -> None:
         """Store the evidence of a finished cell; its checkpoint is no longer needed."""
         result = finite(result)

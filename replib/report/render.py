@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from datetime import datetime
@@ -55,7 +54,8 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
             cwd=str(home()),
             progress_bar=False,
             start_timeout=300,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own transport
+            # It warns of its own transport, and of being told to stop at the end.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             stdout_file=Tee(),
             stderr_file=sys.stderr,
         )
@@ -111,27 +111,20 @@ def index() -> Path:
     for table, names in profiles().items():
         for profile in names:
             page = home() / "reports" / f"{table}-{profile}.html"
-            loaded = load_table(profile_path(table, profile))
-            exists = page.is_file()
-            rows.append(
-                {
-                    "table": table,
-                    "profile": profile,
+            row = {"table": table, "profile": profile, "title": "", "data": "", "seeds": ""}
+            try:
+                loaded = load_table(profile_path(table, profile))
+                row |= {
                     "title": loaded.title,
                     "data": loaded.cell.get("data", ""),
                     "seeds": len(loaded.seeds),
-                    "page": page.name if exists else None,
-                    "made": f"{datetime.fromtimestamp(page.stat().st_mtime):%Y-%m-%d %H:%M}"
-                    if exists
-                    else "",
-                    "command": f"make reproduce-{table} PROFILE={profile}",
                 }
-            )
+            except UserError as error:  # one bad file must not hide the others
+                row["title"] = str(error)
+            if page.is_file():
+                made = datetime.fromtimestamp(page.stat().st_mtime)
+                row |= {"page": page.name, "made": f"{made:%Y-%m-%d %H:%M}"}
+            rows.append(row | {"command": f"make reproduce-{table} PROFILE={profile}"})
     out = home() / "reports" / "index.html"
     write_bytes(out, shell("index.html.j2", title="Reports", rows=rows).encode())
     return out
-
-
-def cell_count(notebook: Path) -> int:
-    """The number of cells of a notebook file."""
-    return len(json.loads(notebook.read_text())["cells"])

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -231,8 +233,19 @@ def natural_size(file: Path) -> int:
     """The shorter side of an image."""
     from PIL import Image
 
-    with Image.open(file) as image:
+    with readable(file), Image.open(file) as image:
         return min(image.size)
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Whatever an image library raises for a bad file becomes one line."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        raise UserError(f"{file} is not a readable image ({error}).") from None
 
 
 def decoded(files: list[Path], size: int) -> np.ndarray:
@@ -270,18 +283,15 @@ def decode(file: Path, size: int) -> np.ndarray:
     """One image as uint8 (3, size, size)."""
     from PIL import Image
 
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                scale = size / min(image.size)
-                width, height = (max(size, round(side * scale)) for side in image.size)
-                left, top = (width - size) // 2, (height - size) // 2
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-                image = image.crop((left, top, left + size, top + size))
-            return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is not a readable image ({error}).") from None
+    with readable(file), Image.open(file) as image:
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            scale = size / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 def augmented(x: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool) -> Tensor:
