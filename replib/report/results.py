@@ -220,9 +220,13 @@ class Results:
         """row -> what may be said of its gain, in our own words."""
         out = {}
         for row in self.rows:
-            gain = self.gain(row)
-            if gain is not None:
-                out[row] = statement(gain)
+            gain, other = self.gain(row), self.against(row)
+            if gain is None:
+                continue
+            out[row] = statement(gain)
+            ours, theirs = (self.table.total_epochs(name) for name in (row, other))
+            if ours != theirs:
+                out[row] += f"; not at equal compute: {ours} epochs against {theirs}"
         return out
 
     def history(self, published: bool = False) -> pd.DataFrame:
