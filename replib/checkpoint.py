@@ -167,7 +167,11 @@ def load_model(path: str | Path, body: nn.Module | None = None) -> nn.Module:
         raise ValueError(f"{path} has no manifest of {FORMAT}: it was not written by save_model.")
     if metadata.get("sha256") != digest(text, tensors):
         raise ValueError(f"{path} is damaged: its contents differ from their own hash.")
-    return rebuilt(manifest["tree"], "", tensors, body, {})
+    try:
+        return rebuilt(manifest["tree"], "", tensors, body, {})
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} describes a network of another version ({reason}).") from error
 
 
 def rebuilt(

@@ -7,6 +7,7 @@ What our module would export is also what a file must hold, so a file is checked
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from replib.sources import SOURCES, Entry, Renames, Source
 State = dict[str, Tensor]
 OPTIONAL = "num_batches_tracked"  # files older than torch 0.4.1 lack it
 WB = ("weight", "bias")
+# What released files hold beside tensors: settings, read as plain data.
+SETTINGS = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
 SQUEEZE_EXCITE = {"use_se": ("se", 16), "use_post_se": ("post_se", 4)}  # name, reduction
 
 
@@ -135,7 +138,8 @@ def read_state(source: str | Path | Mapping) -> State:
     state = source
     if not isinstance(source, Mapping):
         try:
-            state = torch.load(Path(source), map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(SETTINGS):
+                state = torch.load(Path(source), map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{source} cannot be read as a checkpoint: {reason}") from error

@@ -7,8 +7,11 @@ they are looked for. Shapes are enough for them, so the large networks are made 
 import hashlib
 import json
 import re
+import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -214,6 +217,37 @@ def test_the_wrapper_is_that_of_the_original_script(tiny):
     for arch, keys in wrappers.items():
         assert list(official.export(tiny(arch), arch)) == keys
     assert "stage0.rbr_dense.conv.weight" in official.export(tiny("repvgg_a0"), "repvgg_a0")
+
+
+class Settings(dict):
+    """As files of the Swin-derived scripts hold it; it is not installed where they are read."""
+
+    __module__, __qualname__ = "yacs.config", "CfgNode"
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@torch.no_grad()
+def test_settings_beside_the_tensors_are_data(tiny, tmp_path, monkeypatch, capsys):
+    model = tiny("repopt_vgg_b1")
+    out = official.export(model, "repopt_vgg_b1")
+    out |= {"config": Settings(lr=Settings(base=0.1)), "args": Namespace(epochs=3)}
+    module = ModuleType("yacs.config")
+    module.CfgNode = Settings
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save(out, tmp_path / "ckpt.pth")
+    again = official.load_model(tmp_path / "ckpt.pth", "repopt_vgg_b1").eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+    torch.save(out | {"config": Harmful()}, tmp_path / "harmful.pth")
+    with pytest.raises(ValueError, match=r"harmful\.pth cannot be read as a checkpoint"):
+        official.load_model(tmp_path / "harmful.pth", "repopt_vgg_b1")
+    assert capsys.readouterr().out == ""
 
 
 def test_every_row_names_what_exists():

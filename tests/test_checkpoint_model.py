@@ -13,7 +13,7 @@ from replib import fuse
 from replib.blocks import BLOCKS
 from replib.blocks.block import RepBlock
 from replib.branches import Chain
-from replib.checkpoint import load_model, save_model
+from replib.checkpoint import class_of, load_model, save_model
 from replib.models import BODIES, build
 
 torch.set_num_threads(1)
@@ -225,6 +225,8 @@ def test_a_file_cannot_name_what_is_no_module(tmp_path, monkeypatch):
             save_model(nn.Sequential(), path)
         with pytest.raises(ValueError, match=r"which is not a module|give load_model a `body`"):
             load_model(path)
+    with pytest.raises(ValueError, match="which is not a module that files may name"):
+        class_of("test_checkpoint_model:Foreign")  # as an attribute may: not even imported
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
