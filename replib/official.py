@@ -6,6 +6,7 @@ What our module would export is also what a file must hold, so a file is checked
 
 from __future__ import annotations
 
+import copy
 import re
 from argparse import Namespace
 from collections import OrderedDict
@@ -97,17 +98,22 @@ def written(module: nn.Module, table: Mapping[str, Entry]) -> State:
     return {key: e.write(*(own[name] for name in e.ours)).detach() for key, e in table.items()}
 
 
+@torch.no_grad()
 def check(module: nn.Module, table: Mapping[str, Entry], state: State) -> None:
     """Raises: ValueError that lists what of a state is missing, unexpected or of another shape."""
-    expected = written(module, table)
+    own = module.state_dict()
+    shapes = {
+        key: e.shape or tuple(e.write(*(own[name] for name in e.ours)).shape)
+        for key, e in table.items()
+    }
     optional = {key for key, e in table.items() if not e.ours or key.endswith(OPTIONAL)}
     wrong = {
-        "missing": [key for key in expected if key not in state and key not in optional],
-        "unexpected": [key for key in state if key not in expected],
+        "missing": [key for key in shapes if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in shapes],
         "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in state and state[key].shape != tensor.shape
+            f"{key} {tuple(state[key].shape)} instead of {shape}"
+            for key, shape in shapes.items()
+            if key in state and state[key].shape != shape
         ],
     }
     if any(wrong.values()):
@@ -209,7 +215,10 @@ def structured(model: nn.Module, layout: Architecture, state: State) -> dict[str
         rows = [key for key, _ in block_entries(block, source) if not key.startswith(source.kept)]
         gone = {joined(theirs, key) for key in rows} - conv
         if conv <= state.keys() and gone.isdisjoint(state):
-            model.set_submodule(path, block.deploy())
+            # Without values, which are in the file: merging takes long.
+            empty = copy.deepcopy(block).to("meta").deploy()
+            device = next(block.parameters()).device
+            model.set_submodule(path, empty.to_empty(device=device))
     return deployed
 
 
@@ -291,11 +300,8 @@ def export(model: nn.Module, arch: str, epoch: int = 0) -> dict:
     with torch.device("meta"):
         classes = model.state_dict()[plain[layout.classifier].ours[0]]
         like = made_for(layout, plain | {layout.classifier: classes})
-    table = model_table(model, layout, deployed_names(like, layout))
-    state = written(model, table)
+    state = written(model, model_table(model, layout, deployed_names(like, layout)))
     with torch.device("meta"):
         deployed = structured(like, layout, state)
-        expected = model_table(like, layout, deployed)
-        held = [{k: e for k, e in rows.items() if e.ours} for rows in (table, expected)]
-        check(like, held[1], {key: state[key] for key in held[0]})
+        check(like, model_table(like, layout, deployed), state)
     return state if layout.wrapper is None else {"epoch": epoch, layout.wrapper: state}

@@ -25,20 +25,24 @@ Renames = tuple[tuple[str, str], ...]
 
 
 class Entry(NamedTuple):
-    """One official tensor: the keys of ours that it holds, the way there, and the way back."""
+    """One official tensor: the keys of ours that it holds, the way there, and the way back.
+
+    shape: what `write` gives, where it is costly to find out by doing it.
+    """
 
     ours: tuple[str, ...]
     write: Callable[..., Tensor]
     read: Callable[[Tensor], Iterable[Tensor]]
+    shape: tuple[int, ...] | None = None
 
 
 Table = dict[str, str | Entry]
 BN: Table = {"bn": "post_norm.norm"}  # of the blocks with one norm after the sum
 
 
-def derived(compute: Callable[[], Tensor]) -> Entry:
+def derived(compute: Callable[[], Tensor], shape: tuple[int, ...] | None = None) -> Entry:
     """An official tensor that follows from the block: written on export, ignored on load."""
-    return Entry((), compute, lambda tensor: ())
+    return Entry((), compute, lambda tensor: (), shape)
 
 
 def rearranged(ours: str, write: Callable[[Tensor], Tensor], read: Callable) -> Entry:
@@ -89,10 +93,11 @@ def merged(prefix: str, block: RepBlock) -> Table:
 
     Merged once for both rows: a table is made for one reading or writing.
     """
-    kernel = cache(block.merged)
+    kernel, g = cache(block.merged), block.geometry
+    shape = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
     return {
-        f"{prefix}.weight": derived(lambda: kernel().weight),
-        f"{prefix}.bias": derived(lambda: kernel().bias),
+        f"{prefix}.weight": derived(lambda: kernel().weight, shape),
+        f"{prefix}.bias": derived(lambda: kernel().bias, shape[:1]),
     }
 
 
