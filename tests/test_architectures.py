@@ -84,9 +84,9 @@ def exported(model, arch: str) -> dict:
 
 def deployed(model):
     """As the released code deploys: RepMLPNet merges its dense maps alone."""
-    mlps = [path for path, module in model.named_modules() if isinstance(module, RepMLP)]
-    for path in mlps:
-        model.set_submodule(path, fuse(model.get_submodule(path).eval()))
+    mlps = {path: module for path, module in model.named_modules() if isinstance(module, RepMLP)}
+    for path, module in mlps.items():
+        model.set_submodule(path, module.deploy())
     return model if mlps else fuse(model.eval())
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from replib import fuse
 from replib.blocks import BLOCKS
+from replib.blocks.repmlp import RepMLP
 from replib.models import BODIES, build
 from replib.models.layers import Residual, layer
 
@@ -160,6 +161,15 @@ def test_the_ghosts_of_the_search_have_an_identity_and_no_1x1():
     one, two, three, four = 1.0, (2 / 3) ** 0.5, 0.5**0.5, (2 / 5) ** 0.5
     # The first residual keeps 8 channels at stride 1; the third is the second of its stage.
     assert starts == pytest.approx([one, two, one, two, three, four])
+
+
+@torch.no_grad()
+def test_fusing_puts_the_convolutions_of_repmlp_into_its_dense_map():
+    torch.manual_seed(0)
+    block = scrambled(RepMLP(8, 4, 5, sets=2).eval()).double()
+    fused, x = fuse(nn.Sequential(block)), torch.randn(2, 8, 8, 5, dtype=torch.float64)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    assert (fused(x) - block(x)).abs().max() < 1e-12
 
 
 def test_a_residual_is_left_out_for_a_share_of_the_images():
