@@ -167,7 +167,7 @@ def test_the_ghosts_of_the_search_have_an_identity_and_no_1x1():
 def test_fusing_puts_the_convolutions_of_repmlp_into_its_dense_map():
     torch.manual_seed(0)
     block = scrambled(RepMLP(8, 4, 5, sets=2).eval()).double()
-    fused, x = fuse(nn.Sequential(block)), torch.randn(2, 8, 8, 5, dtype=torch.float64)
+    fused, x = fuse(nn.Sequential(block).eval()), torch.randn(2, 8, 8, 5, dtype=torch.float64)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     assert (fused(x) - block(x)).abs().max() < 1e-12
 
