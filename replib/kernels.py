@@ -189,14 +189,23 @@ def composed(first: Kernel, second: Kernel) -> Kernel:
             f"{second.in_channels}."
         )
     axes = tuple(range(2, 2 + first.dims))
-    # A convolution of kernels is a cross-correlation with the second one flipped; the inputs of
-    # the first kernel play the part of the batch.
-    weight = CONVOLUTION[first.dims](
-        first.weight.transpose(0, 1),
-        second.weight.flip(axes),
-        padding=tuple(k - 1 for k in second.size),
-        groups=groups,
-    ).transpose(0, 1)
+    before = first.weight.unflatten(0, (groups, -1))  # (G, M/G, I/G, *k1)
+    after = second.weight.unflatten(0, (groups, -1))  # (G, O/G, M/G, *k2)
+    if max(first.size) == 1:  # one tap: a matrix product, several times faster
+        weight = torch.einsum("gotk,gti->goik", after.flatten(3), before.flatten(3)[..., 0])
+        weight = weight.reshape(second.out_channels, -1, *second.size)
+    elif max(second.size) == 1:
+        weight = torch.einsum("got,gtik->goik", after.flatten(3)[..., 0], before.flatten(3))
+        weight = weight.reshape(second.out_channels, -1, *first.size)
+    else:
+        # A convolution of kernels is a cross-correlation with the second one flipped; the inputs
+        # of the first kernel play the part of the batch.
+        weight = CONVOLUTION[first.dims](
+            first.weight.transpose(0, 1),
+            second.weight.flip(axes),
+            padding=tuple(k - 1 for k in second.size),
+            groups=groups,
+        ).transpose(0, 1)
     taps = second.weight.sum(axes).view(groups, -1, second.weight.shape[1])
     carried = torch.einsum("got,gt->go", taps, first.bias.view(groups, -1)).reshape(-1)
     return Kernel(weight, second.bias + carried, groups, dilation)

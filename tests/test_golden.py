@@ -43,7 +43,7 @@ def trace(block: str, method: str) -> tuple[list[float], dict]:
     """Losses of 20 steps (two phases of five epochs of two steps) and the versions in force."""
     cell = Cell.model_validate(
         dict(data="digits", train_images=80, held_out=16, seed=0, body="digits", block=block,
-             phases=2, epochs=5, batch_size=32, learning_rate=0.1, weight_decay=1e-3,
+             phases=2, epochs=5, batch_size=32, learning_rate=0.01, weight_decay=1e-3,
              decay="weights", clip_norm=10.0, clip="decayed", crop_padding=1)
         | METHODS[method]
     )  # fmt: skip
