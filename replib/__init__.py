@@ -2,6 +2,6 @@
 
 from replib import official
 from replib.blocks import BLOCKS
-from replib.convert import fuse
+from replib.convert import convert, fuse, verify
 
-__all__ = ["BLOCKS", "fuse", "official"]
+__all__ = ["BLOCKS", "convert", "fuse", "official", "verify"]

@@ -1,0 +1,250 @@
+"""Any network into blocks and back: what is converted, what is kept and why, and the proof."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models as vision
+from torchvision.ops import FrozenBatchNorm2d
+
+from replib import convert, fuse, verify
+from replib.blocks import BLOCKS, RepBlock
+from replib.convert import norms_after, outermost_blocks
+
+X = torch.randn(2, 3, 33, 40, generator=torch.Generator().manual_seed(0))
+RANGES = dict(weight=(0.5, 1.5), bias=(-0.3, 0.3), running_mean=(-0.3, 0.3), running_var=(0.5, 2))
+
+
+def scrambled(model):
+    """Eval mode, with norms that are no identities."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            for name, (low, high) in RANGES.items():
+                tensor = getattr(module, name).data
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return model.eval()
+
+
+def net(*layers):
+    return scrambled(nn.Sequential(*layers))
+
+
+def became(model):
+    """name -> what became of it."""
+    return {change.name: change.became for change in model.conversion}
+
+
+def error(a, b):
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+@pytest.mark.parametrize("block", ["repvgg", "dbb", "acb", "orepa", "dyrep", "qarepvgg"])
+def test_the_function_is_preserved_and_fusing_is_proved(block):
+    torch.manual_seed(0)
+    model = scrambled(vision.mobilenet_v3_small()).double()
+    converted = convert(model, block)
+    fused = fuse(converted)
+    assert error(model(X.double()), converted(X.double())) < 1e-9
+    assert verify(converted, fused, X.double()).ok
+    assert not any(isinstance(module, RepBlock) for module in fused.modules())
+    assert not hasattr(fused, "conversion")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "shufflenet_v2_x0_5"])
+def test_torchvision_networks(name):
+    torch.manual_seed(0)
+    model = scrambled(getattr(vision, name)())
+    converted = convert(model, "repvgg")
+    proof = verify(converted, fuse(converted), X)
+    assert proof.ok, str(proof)
+    assert error(model(X), converted(X)) < 1e-5  # float32, up to 20 layers
+    spatial = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in model.modules())
+    assert sum(what == "repvgg" for what in became(converted).values()) == spatial
+    assert sum(what == "identity" for what in became(converted).values()) == spatial
+
+
+@pytest.mark.parametrize(
+    "where, chosen",
+    [
+        ("0*", {"0.0"}),
+        (nn.Conv2d, {"0.0", "1", "2"}),
+        (lambda name, conv: conv.in_channels == 8, {"1", "2"}),
+        (None, {"0.0", "1"}),
+    ],
+)
+def test_where(where, chosen):
+    model = net(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+    found = {n for n, what in became(convert(model, "repvgg", where)).items() if what == "repvgg"}
+    assert found == chosen
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm])
+def test_a_norm_is_absorbed_whatever_its_class(kind):
+    model = net(nn.Conv2d(3, 8, 3, bias=False), kind(8), nn.ReLU())
+    converted = convert(model, "repvgg")
+    assert became(converted) == {"0": "repvgg", "1": "identity"}
+    assert isinstance(converted[1], nn.Identity)
+    assert error(model(X), converted(X)) < 1e-5
+    kept = convert(model, "repvgg", keep_norm=True)
+    assert type(kept[1]) is kind and error(model(X), kept(X)) < 1e-5
+
+
+class Branching(nn.Module):
+    """The convolution's output is used twice: its norm may not be absorbed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y
+
+
+class Repeated(nn.Module):
+    """One convolution used twice, with a norm behind each use."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.two(self.conv(self.one(self.conv(x))))
+
+
+class Untraceable(nn.Module):
+    """Control flow that depends on data, around a part that can be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.part(x)
+        return self.bn(self.conv(x)) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize(
+    "kind, absorbed", [(Branching, 0), (Repeated, 0), (Untraceable, 1)], ids=lambda v: str(v)
+)
+def test_only_a_norm_that_alone_consumes_is_absorbed(kind, absorbed):
+    model = scrambled(kind())
+    assert len(norms_after(model)) == absorbed
+    converted = convert(model, "dbb")
+    assert sum(what == "identity" for what in became(converted).values()) == absorbed
+    assert error(model(X), converted(X)) < 1e-5
+    assert verify(converted, fuse(converted), X).ok
+
+
+def test_a_shared_convolution_stays_one_block():
+    converted = convert(scrambled(Repeated()), "repvgg")
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    twice = convert(net(shared, nn.ReLU(), shared), "repvgg")
+    assert twice[0] is twice[2] and isinstance(twice[0], RepBlock)
+    assert len(outermost_blocks(converted)) == 1
+
+
+def test_the_root_may_be_a_convolution():
+    conv = nn.Conv2d(3, 8, 3, stride=2, padding=1).eval()
+    block = convert(conv, "acb")
+    assert isinstance(block, RepBlock) and error(conv(X), block(X)) < 1e-5
+    assert verify(block, fuse(block), X).ok
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["same", "valid", 2, (1, 2)])
+def test_padding_is_kept(mode, padding):
+    model = net(nn.Conv2d(3, 8, (3, 5), padding=padding, padding_mode=mode, dilation=(2, 1)))
+    converted = convert(model, "repvgg")
+    assert error(model(X), converted(X)) < 1e-5
+    assert verify(converted, fuse(converted), X).ok
+
+
+def test_what_cannot_be_converted_is_listed_with_its_reason():
+    model = net(nn.Conv2d(3, 8, 4, padding="same"), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    converted = convert(model, "repvgg")
+    reasons = {c.name: c.reason for c in converted.conversion if c.became == "kept"}
+    assert "two sides" in reasons["0"] and "transposed" in reasons["1"]
+    assert error(model(X), converted(X)) < 1e-5
+
+
+def test_paper_initialisation_draws_afresh():
+    model = net(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    converted = convert(model, "repvgg", init="paper")
+    assert became(converted)["1"] == "identity" and error(model(X), converted(X)) > 0.1
+
+
+def test_the_original_is_left_alone_and_options_reach_the_family():
+    model = net(nn.Conv2d(3, 3, 3, padding=1))
+    before = copy.deepcopy(model.state_dict())
+    converted = convert(model, "repvgg", identity=False)
+    assert "identity" not in converted[0].branches
+    assert type(model[0]) is nn.Conv2d
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("dbbb",), "block .*'dbbb'.* must be one of repvgg"),
+        (("dbb", None, "zero"), "init .*'zero'"),
+        (("dbb", "nothing*"), "no convolution was converted to dbb: 1x not chosen"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(net(nn.Conv2d(3, 8, 3)), *arguments)
+
+
+# -- the proof can fail -----------------------------------------------------------------------------
+def first_conv(model):
+    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+FAULTS = {
+    "a dropped bias": lambda conv: conv.bias.data.zero_(),
+    "a transposed kernel": lambda conv: conv.weight.data.copy_(conv.weight.data.mT.clone()),
+    "one wrong tap": lambda conv: conv.weight.data[0, 0, 0, 0].add_(1e-3),
+    "not a number": lambda conv: conv.weight.data[0].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_fused_network_is_seen(fault):
+    model = net(BLOCKS["repvgg"](3, 8), nn.ReLU(), BLOCKS["repvgg"](8, 8))
+    fused = fuse(model)
+    assert verify(model, fused, X).ok
+    FAULTS[fault](first_conv(fused))
+    assert not verify(model, fused, X).ok
+
+
+def test_a_fault_in_one_block_is_named_and_placed(monkeypatch):
+    """A block whose merge forgets the inner padding value is wrong at the border alone."""
+    model = net(BLOCKS["dbb"](3, 8), BLOCKS["repvgg"](8, 8))
+    monkeypatch.setattr("replib.branches.Chain.value_at_zero", lambda self, end: None)
+    proof = verify(model, fuse(model), X)
+    bad = {check.name for check in proof.blocks if not check.ok}
+    (check,) = [check for check in proof.blocks if check.name == "0"]
+    assert bad == {"0"} and check.border > check.allowed >= check.interior
+    assert not proof.ok and str(proof).startswith("NOT EQUAL")
+
+
+def test_verify_refuses_train_mode_and_sees_another_output():
+    model = net(BLOCKS["repvgg"](3, 8))
+    fused = fuse(model)
+    with pytest.raises(ValueError, match="model is in train mode"):
+        verify(copy.deepcopy(model).train(), fused, X)
+    assert not verify(model, nn.Sequential(fused, nn.MaxPool2d(2)).eval(), X).ok
+
+
+def test_the_bound_follows_the_dtype():
+    model = net(BLOCKS["repvgg"](3, 8), nn.ReLU(), BLOCKS["repvgg"](8, 8))
+    half = copy.deepcopy(model).bfloat16()
+    proof = verify(half, fuse(half), X.bfloat16())
+    assert proof.ok and 1e-4 < proof.network.interior < proof.network.allowed < 1
+    single = verify(model, fuse(model), X)
+    assert single.network.allowed < 1e-4 < proof.network.allowed
