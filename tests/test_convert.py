@@ -200,7 +200,7 @@ def test_mistakes_are_named(arguments, message):
         convert(net(nn.Conv2d(3, 8, 3)), *arguments)
 
 
-# -- the proof can fail -----------------------------------------------------------------------------
+# -- the proof can fail ----------------------------------------------------------------------------
 def first_conv(model):
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 

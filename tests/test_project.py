@@ -19,7 +19,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "kernels": {"errors"},
     "branches": {"kernels"},
     "blocks": {"branches", "kernels"},
-    "convert": {"blocks"},
+    "convert": {"blocks", "branches", "kernels"},
     "models": {"blocks", "convert"},
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
