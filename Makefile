@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 SET ?=
 BIN := .venv/bin
-SETTINGS := $(foreach setting,$(SET),--set '$(setting)')
+export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup list reports figure lab test test-all check clean
@@ -15,7 +15,7 @@ help:
 ## reproduce-ID         train what is missing and leave reports/ID-PROFILE.html
 ##                      [PROFILE=quick] [SET="key=value key=value"]
 reproduce-%: .venv/ready
-	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)' $(SETTINGS)
+	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
 
 ## list                 tables and their profiles
 list: .venv/ready

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("reports", help="render every page that has evidence; trains nothing")
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
     evidence.add_argument("action", choices=("add", "check"))
-    evidence.add_argument("files", nargs="*", type=Path)
+    evidence.add_argument("files", nargs="*", type=Path, help="add: bundles; check: default all")
     return out
 
 
@@ -89,7 +89,10 @@ def reproduce(arguments: argparse.Namespace) -> None:
     ):
         if value is not None:
             os.environ[name] = str(value)
-    page = reproduce(arguments.table, arguments.profile, arguments.set)
+    # `make` hands its SET over as one text: key=value after key=value, values may hold spaces.
+    text = os.environ.get("REPLIB_SET", "").strip()
+    settings = re.split(r"\s+(?=[\w.]+=)", text) if text else []
+    page = reproduce(arguments.table, arguments.profile, arguments.set + settings)
     print(f"The report: {page}")
 
 
@@ -173,6 +176,8 @@ def evidence(arguments: argparse.Namespace) -> None:
             raise UserError(f"{len(bad)} of {len(files)} evidence files are damaged: {bad[0]}")
         print(f"{len(files)} evidence files are whole.")
         return
+    if not arguments.files:
+        raise UserError("evidence add: name at least one file that `run --out` wrote.")
     for path in arguments.files:
         try:
             found = json.loads(path.read_bytes())["evidence"]

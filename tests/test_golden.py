@@ -24,10 +24,10 @@ from replib.training.loop import Task, fit
 FILE = Path(__file__).with_name("golden_traces.json")
 METHODS = {
     "plain": {},
-    "control": {"cycle": {"warmup": 2, "freeze": "skip", "restructure": "none"}},
-    "redraw": {"cycle": {"warmup": 2, "freeze": "zero", "restructure": "redraw"}},
-    "official": {"cycle": {"warmup": 2, "freeze": "skip"}},
-    "preserving": {"cycle": {"warmup": 2, "fidelity": "preserving"}},
+    "control": {"cycle": {"warmup": 3, "freeze": "skip", "restructure": "none"}},
+    "redraw": {"cycle": {"warmup": 3, "freeze": "zero", "restructure": "redraw"}},
+    "official": {"cycle": {"warmup": 3, "freeze": "skip"}},
+    "preserving": {"cycle": {"warmup": 3, "fidelity": "preserving"}},
     "distilled": {"distill": {"alpha": 0.9, "temperature": 10.0}, "teacher": "none"},
 }
 CASES = [

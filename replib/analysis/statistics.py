@@ -86,5 +86,8 @@ def statement(gain: Estimate, unit: str = "points") -> str:
     elif gain.high < 0:
         said = "worse"
     else:
-        said = f"no difference seen (one of {gain.smallest_effect:.2f} would have been)"
+        said = "no difference seen"
+        if gain.deviation > 0:
+            effect = f"{gain.smallest_effect:.2f}"
+            said += f" (one of {effect} would have been, four times in five)"
     return f"{said}: {size}"

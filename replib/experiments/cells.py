@@ -29,7 +29,7 @@ from replib.experiments.store import Store, home, sha256
 from replib.methods import cycle, distill
 from replib.models import BODY_VERSIONS, build
 from replib.training import checkpoint, loop
-from replib.training.data import derive, load, split
+from replib.training.data import Dataset, Splits, derive, load, split
 from replib.training.loop import Recipe, Task, fit
 
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
@@ -117,7 +117,7 @@ def plan(table: Table, store: Store | None = None) -> Plan:
                 values["teacher"] = out.by_row[spec.teacher, seed]
             cell = Cell.model_validate(values)
             split_of(cell)  # finds impossible sizes before anything is trained
-            key = key_of(cell, load(cell.data, cell.data_dir, cell.image_size).digest)
+            key = key_of(cell, dataset(cell).digest)
             known = out.cells.get(key)
             rows = (*(known.rows if known else ()), row)
             out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)))
@@ -148,7 +148,7 @@ def adopt(out: Plan, store: Store, key: str, data_dir: str | None) -> str:
 def file_digest(path: str) -> str:
     """SHA-256 of a checkpoint file: part of the key of cells that start from it."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(located(path)).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(
             f"start (={path!r}) is neither a row of this table, nor the key of a cell, nor a file "
@@ -156,9 +156,22 @@ def file_digest(path: str) -> str:
         ) from None
 
 
-def split_of(cell: Cell):
+def located(path: str | None) -> str | None:
+    """A path of a parameter: relative ones are meant from the project's folder."""
+    return None if path is None else str(home() / Path(path).expanduser())
+
+
+def dataset(cell: Cell) -> Dataset:
+    """The data of a cell."""
+    folder = cell.data_dir
+    if folder is None and cell.data.startswith("cifar"):
+        folder = "data"
+    return load(cell.data, located(folder), cell.image_size)
+
+
+def split_of(cell: Cell) -> Splits:
     """The training and held-out images of a cell."""
-    data = load(cell.data, cell.data_dir, cell.image_size)
+    data = dataset(cell)
     return split(
         data,
         images=cell.train_images,
@@ -170,7 +183,7 @@ def split_of(cell: Cell):
 
 def new_model(cell: Cell) -> nn.Module:
     """The network of a cell as its seed initialises it."""
-    data = load(cell.data, cell.data_dir, cell.image_size)
+    data = dataset(cell)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(cell.seed, "initialisation"))
         return build(cell.body, cell.block, classes=len(data.classes), in_channels=data.in_channels)
@@ -205,14 +218,14 @@ def load_start(model: nn.Module, cell: Cell, path: str) -> None:
     Raises: UserError where it is damaged, or of another network.
     """
     try:
-        if (own := checkpoint.load(Path(path))) is not None:
+        if (own := checkpoint.load(Path(located(path)))) is not None:
             model.load_state_dict(own["model"])
     except checkpoint.Foreign:
         from replib import official
 
         arch = "repan_" + cell.body.removeprefix("cifar_")
         try:
-            model.load_state_dict(official.load_model(path, arch).state_dict())
+            model.load_state_dict(official.load_model(located(path), arch).state_dict())
         except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
             raise unfit(path, cell, error) from None
     except (checkpoint.BadCheckpoint, RuntimeError, KeyError) as error:
@@ -242,7 +255,7 @@ def run_cell(
     """
     cell, key = planned.cell, planned.key
     started = time.monotonic()
-    data, splits = load(cell.data, cell.data_dir, cell.image_size), split_of(cell)
+    data, splits = dataset(cell), split_of(cell)
     model = new_model(cell)
     if planned.start_path is not None:
         load_start(model, cell, planned.start_path)

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, run_cell
 from replib.experiments.store import Store
+from replib.training.checkpoint import write_bytes
 from replib.training.loop import OutOfTime
 
 _ticks = None  # set in each worker by its initializer
@@ -70,6 +72,16 @@ def work(
         return True
     except OutOfTime:
         return False
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a fault of ours: one line for the user, the rest in a file
+        log = store.folder(planned.key) / "error.txt"
+        write_bytes(log, traceback.format_exc().encode())
+        said = (str(error).splitlines() or ["no message"])[0]
+        raise UserError(
+            f"cell {planned.key[:16]} ({', '.join(planned.rows)}, seed {planned.cell.seed}) failed "
+            f"with {type(error).__name__}: {said} (see {log})."
+        ) from None
 
 
 def default_device() -> str:
@@ -92,6 +104,8 @@ def run_plan(
     It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
     Raises: UserError where results cannot be written, or a worker died.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device (=cuda) is not on this machine: leave --device out, or say cpu.")
     device = device or default_device()
     missing = plan.missing(store)
     present = len(plan.cells) - len(missing)

@@ -92,6 +92,8 @@ class Cell(Strict):
     @model_validator(mode="after")
     def consistent(self):
         """Rules between keys."""
+        if self.image_size is not None and self.data != "imagefolder":
+            raise ValueError(f"image_size (={self.image_size}) is for data=imagefolder only")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov (=true) needs momentum above 0")
         if (self.distill is None) != (self.teacher is None):
@@ -183,6 +185,9 @@ class Table(Strict):
                     )
         if self.control not in self.rows:
             raise ValueError(f"control: no row {self.control!r}; there are {', '.join(self.rows)}")
+        for name in {self.control, *(row.against for row in self.rows.values() if row.against)}:
+            if self.rows[name].hidden:
+                raise ValueError(f"rows.{name} is hidden: gains cannot be taken over it")
         for name in self.rows:
             self.ancestors(name)
         return self

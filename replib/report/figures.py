@@ -33,9 +33,9 @@ def name(results: Results, row: str) -> str:
     return results.table.rows[row].label.replace("$", r"\$")
 
 
-def curves(results: Results, published: bool = False) -> Figure | None:
+def curves(results: Results) -> Figure | None:
     """Test accuracy per epoch, parents in front; mean over seeds, merge points dashed."""
-    history = results.history(published)
+    history = results.history(results.fallback)
     if history.empty:
         return None
     style()
@@ -70,9 +70,9 @@ def curves(results: Results, published: bool = False) -> Figure | None:
     return figure
 
 
-def jumps(results: Results, published: bool = False) -> Figure | None:
+def jumps(results: Results) -> Figure | None:
     """How far the eval-mode function jumps at every restart, relative to its largest logit."""
-    frame = results.restarts(published)
+    frame = results.restarts(results.fallback)
     if frame.empty:
         return None
     style()

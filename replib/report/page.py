@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +78,12 @@ class Page:
         if table.proxy:
             data = next(iter(self.results.plan.cells.values())).cell.data
             parts.append(f'<p class="warning">Data: {escape(data)}. {escape(table.proxy)}</p>')
+        if self.results.settings:
+            changed = ", ".join(self.results.settings)
+            parts.append(
+                f'<p class="warning">Changed from the profile: {escape(changed)}. What is said '
+                "about the profile below may not hold.</p>"
+            )
         parts.append(f"<h1>{escape(table.title)}</h1>")
         parts.append(
             f"<p>Profile <b>{escape(self.results.profile)}</b>. <b>Question.</b> "
@@ -118,7 +125,7 @@ class Page:
         lines = []
         for row in results.rows:
             spec, other = self.table.rows[row], results.against(row)
-            taught = results.teacher_accuracy(row) or results.teacher_accuracy(row, True)
+            taught = results.teacher_accuracy(row, results.fallback)
             label = f"<b>{escape(spec.label)}</b>"
             if taught is not None:
                 label += f"<br><small>its teacher: {interval(taught)}</small>"
@@ -145,7 +152,7 @@ class Page:
     def costs(self) -> HTML:
         """What each row costs to train, parents included, and what is deployed."""
         results = self.results
-        source = not results.own and bool(results.published)
+        source = results.fallback
         frame = results.frame(source)
         header = [
             "",
@@ -183,7 +190,8 @@ class Page:
         note = (
             f"<p><small>{said} Mean over seeds; the cells that a row starts from are counted in. "
             "FLOPs: convolutions and matrix products by torch's counter, two per multiply-add, "
-            "forward and backward. Time: one thread per cell, on the machine named below."
+            "forward and backward. Time: one thread per cell, on the machine named below; a "
+            "distilled row's own time contains the forward passes of its teacher."
             "</small></p>"
         )
         return HTML(table_html(header, lines, "numbers") + note)
@@ -197,15 +205,18 @@ class Page:
             items.append(f"<li><b>{label}</b> over <i>{escape(other)}</i>: {escape(text)}.</li>")
         if not items:
             return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
+        if self.results.fallback:
+            items.insert(0, "<li>Published results; nothing was run on this machine.</li>")
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.table.notes)
         return HTML(f"<ul>{''.join(items)}</ul><p><b>Notes.</b></p><ul>{notes}</ul>")
 
     def provenance(self) -> HTML:
         """Where every number comes from, and the command to repeat it."""
         results = self.results
-        settings = " ".join(results.settings)
         command = f"make reproduce-{results.id} PROFILE={results.profile}"
-        command += f' SET="{settings}"' if settings else ""
+        if results.settings:
+            command = f"python -m replib reproduce {results.id} --profile {results.profile}"
+            command += "".join(f" --set {shlex.quote(setting)}" for setting in results.settings)
         lines = []
         for name, source in (("this machine", results.own), ("published", results.published)):
             if source:

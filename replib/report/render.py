@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from datetime import datetime
@@ -35,6 +36,7 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
     Raises: UserError where a cell fails by a user's mistake; the copy is kept for reading.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     source = home() / "notebooks" / f"{table}.ipynb"
@@ -42,7 +44,7 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
         raise UserError(f"{table} has no notebook ({source}).")
     out = home() / "reports" / "runs" / "notebooks" / f"{table}-{profile}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ.copy()
+    environment, trouble = os.environ.copy(), io.StringIO()
     os.environ["REPLIB_HOME"] = str(home())
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     try:
@@ -57,13 +59,19 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
             # It warns of its own transport, and of being told to stop at the end.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             stdout_file=Tee(),
-            stderr_file=sys.stderr,
+            stderr_file=trouble,  # a traceback is in the notebook already
         )
     except PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
         if error.ename == "UserError":
             raise UserError(error.evalue) from None
+        said = (error.evalue.splitlines() or ["no message"])[0]
+        raise UserError(f"{source.name} failed with {error.ename}: {said} (see {out}).") from None
+    except DeadKernelError:
         raise UserError(
-            f"{source.name} failed with {error.ename}: {error.evalue.splitlines()[0]} (see {out})."
+            f"the process of {source.name} died (out of memory?): finished cells are kept; run "
+            "the same command again."
         ) from None
     finally:
         os.environ.clear()

@@ -10,7 +10,7 @@ import pandas as pd
 
 from replib.analysis.statistics import Estimate, estimate, paired_gain, statement, verdict
 from replib.errors import UserError
-from replib.experiments.cells import Plan, plan
+from replib.experiments.cells import Plan, plan, versions_of
 from replib.experiments.executor import Outcome, run_plan
 from replib.experiments.params import Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
@@ -85,21 +85,29 @@ class Results:
     def stale(self) -> list[Path]:
         """Published files of this table's cells that were made by an older version."""
         wanted = {
-            self.nameless(cell.cell.model_dump(exclude={"data_dir"}))
-            for cell in self.plan.cells.values()
+            self.nameless(planned.cell.model_dump(exclude={"data_dir"})): versions_of(planned.cell)
+            for planned in self.plan.cells.values()
         }
         found = []
         for path in sorted(self.store.published.glob("*.json")):
             evidence = read_evidence(path)
-            if evidence is not None and evidence["result"]["key"] not in self.plan.cells:
-                if self.nameless(evidence["result"]["parameters"]) in wanted:
-                    found.append(path)
+            if evidence is None or evidence["result"]["key"] in self.plan.cells:
+                continue
+            result = evidence["result"]
+            versions = wanted.get(self.nameless(result.get("parameters", {})))
+            if versions is not None and versions != result.get("versions"):
+                found.append(path)
         return found
 
     @staticmethod
     def nameless(parameters: dict) -> bytes:
         """Parameters without the keys of parents, which change with any version."""
         return canonical(parameters | {"start": None, "teacher": None})
+
+    @property
+    def fallback(self) -> bool:
+        """Whether only published evidence is here, so that a page must show that."""
+        return bool(self.published) and not self.own
 
     @property
     def rows(self) -> list[str]:
@@ -137,8 +145,11 @@ class Results:
         """The verdict on the paper's gain of this row."""
         if self.against(row) == row:
             return "the control"
-        comparable = self.table.proxy is None
-        return verdict(self.gain(row), self.table.rows[row].published_gain, comparable)
+        standard = not self.settings and self.table.cell.get("data") != "digits"
+        comparable = standard and self.table.proxy is None
+        return verdict(
+            self.gain(row, self.fallback), self.table.rows[row].published_gain, comparable
+        )
 
     def cost(self, row: str, seed: int, published: bool = False) -> tuple[Cost, Cost] | None:
         """(own and starts, teachers) of one seed; None where evidence is missing."""
@@ -220,7 +231,7 @@ class Results:
         """row -> what may be said of its gain, in our own words."""
         out = {}
         for row in self.rows:
-            gain, other = self.gain(row), self.against(row)
+            gain, other = self.gain(row, self.fallback), self.against(row)
             if gain is None:
                 continue
             out[row] = statement(gain)

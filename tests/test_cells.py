@@ -1,0 +1,162 @@
+"""The wiring of a cell: what `run_cell` really trains, and what it says it did."""
+
+import pytest
+import torch
+
+from replib.experiments.cells import (
+    cycle_of,
+    dataset,
+    key_of,
+    new_model,
+    plan,
+    run_cell,
+    split_of,
+    trained_model,
+    versions_of,
+)
+from replib.experiments.params import Cell, Table
+from replib.experiments.store import Store
+from replib.methods import cycle, distill
+from replib.methods.distill import distillation_loss
+from replib.models import BODY_VERSIONS
+from replib.report.results import Results
+from replib.training.loop import accuracy
+
+CELL = dict(data="digits", train_images=60, held_out=20, body="digits", epochs=6, batch_size=20,
+            learning_rate=2.0, clip_norm=10.0)  # fmt: skip
+CYCLE = dict(learning_rate=0.3, phases=2, epochs=3, decay="weights", clip="decayed")
+
+
+def row(start=None, teacher=None, **changes):
+    return dict(label="row", start=start, teacher=teacher, set=changes)
+
+
+ROWS = {
+    "base": row(),
+    "teacher": row(learning_rate=0.2),
+    "control": row("base", **CYCLE, cycle=dict(warmup=2, restructure="none")),
+    "official": row("base", **CYCLE, cycle=dict(warmup=2)),
+    "preserving": row("base", **CYCLE, cycle=dict(warmup=2, fidelity="preserving")),
+    "distilled": row("base", "teacher", distill=dict(alpha=0.9, temperature=4.0), epochs=2),
+    "long": dict(label="row", as_long_as="control"),
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(plan, store) of one seed of every kind of cell, trained in this process."""
+    torch.set_num_threads(1)
+    table = Table.model_validate(
+        dict(title="t", question="q", control="control", seeds=[0], cell=CELL, rows=ROWS)
+    )
+    store, made = Store(tmp_path_factory.mktemp("store")), plan(table)
+    for planned in made.cells.values():
+        run_cell(planned, made.cells, store)
+    return made, store
+
+
+def of(ran, name):
+    made, store = ran
+    planned = made.cells[made.by_row[name, 0]]
+    return planned, store.read(planned.key)["result"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_reported_accuracy_is_that_of_the_selected_epoch(ran, name):
+    _planned, result = of(ran, name)
+    selected = result["final"]["selected_epoch"]
+    logged = result["history"]["test_accuracy"][selected]
+    assert result["deployed"]["test_accuracy"] == logged == result["final"]["selected"]
+    validation = result["history"]["validation_accuracy"]
+    assert selected == max(range(len(validation)), key=lambda i: (validation[i], i))
+
+
+def test_at_least_one_selected_epoch_is_not_the_last(ran):
+    """Otherwise the test above could not tell them apart."""
+    results = [of(ran, name)[1] for name in ROWS]
+    assert any(r["final"]["selected"] != r["final"]["last"] for r in results)
+
+
+def test_the_stored_weights_are_the_selected_ones(ran):
+    _made, store = ran
+    planned, result = of(ran, "base")
+    data = dataset(planned.cell)
+    model = trained_model(planned, store)
+    now = accuracy(model, data, data.test_images, data.test_labels, "cpu")
+    assert now == pytest.approx(result["final"]["selected"], abs=2 / 797)
+
+
+def test_restarts_are_measured(ran):
+    names = ("control", "official", "preserving")
+    jumps = {name: of(ran, name)[1]["restarts"]["jump_eval"] for name in names}
+    assert min(jumps["official"]) > 0.05
+    assert max(jumps["preserving"]) < 1e-4  # float32 rounding, amplified by small slopes
+    assert jumps["control"][0] == 0.0
+
+
+def test_distillation_follows_the_real_teacher(ran, monkeypatch):
+    """Without augmentation, an epoch's teacher logits are those of the training images."""
+    made, store = ran
+    planned, result = of(ran, "distilled")
+    assert result["compute"]["teacher_flops"] > 0
+    seen, losses = [], []
+
+    def watched(logits, taught, labels, **options):
+        assert options == {"alpha": 0.9, "temperature": 4.0}
+        seen.append(taught)
+        losses.append(distillation_loss(logits, taught, labels, **options))
+        return losses[-1]
+
+    monkeypatch.setattr(distill, "distillation_loss", watched)
+    run_cell(planned, made.cells, store)
+    assert store.read(planned.key)["result"] == result
+    data = dataset(planned.cell)
+    images = data.normalised(data.train_images[split_of(planned.cell).train])
+    with torch.no_grad():
+        want = trained_model(made.cells[planned.cell.teacher], store)(images)
+    epoch = torch.cat(seen[-2:])  # 40 images in two batches
+    torch.testing.assert_close(epoch.sort(0).values, want.sort(0).values, rtol=1e-4, atol=1e-4)
+    assert losses[-1].requires_grad and want.std() > 0.01
+
+
+def test_every_seed_draws_its_own_initialisation_split_and_redraw():
+    one, two = (Cell.model_validate(CELL | {"seed": seed}) for seed in (0, 1))
+    first, second = (new_model(cell).state_dict() for cell in (one, two))
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])
+    assert all(torch.equal(v, new_model(one).state_dict()[k]) for k, v in first.items())
+    made = [
+        cycle_of(cell.model_copy(update={"cycle": Cell.model_validate(
+            CELL | {"seed": 0, "cycle": {"warmup": 2}}).cycle}), new_model(cell))
+        for cell in (one, two)
+    ]  # fmt: skip
+    assert made[0].seed != made[1].seed
+
+
+def test_as_long_as_counts_the_parents_epochs(ran):
+    planned, _ = of(ran, "long")
+    assert planned.epochs == 6 + 2 * 3 and planned.cell.phases == 1
+
+
+def test_a_key_names_everything_that_a_result_depends_on(monkeypatch):
+    cell = Cell.model_validate(CELL | {"seed": 0, "cycle": {"warmup": 2}})
+    keys = {key_of(cell, "digest")}
+    keys.add(key_of(cell, "another digest"))
+    for changes in ({"seed": 1}, {"learning_rate": 0.1}, {"block": "acb"}, {"start": "a" * 64}):
+        keys.add(key_of(cell.model_copy(update=changes), "digest"))
+    assert len(keys) == 6
+    assert key_of(cell.model_copy(update={"data_dir": "elsewhere"}), "digest") in keys
+    monkeypatch.setattr(cycle, "VERSION", cycle.VERSION + 1)
+    keys.add(key_of(cell, "digest"))
+    monkeypatch.setitem(BODY_VERSIONS, "digits", 2)
+    keys.add(key_of(cell, "digest"))
+    assert len(keys) == 8 and versions_of(cell)["body:digits"] == 2
+
+
+def test_gains_are_over_the_row_that_is_named_and_proxies_are_not_comparable():
+    results = Results("table2", "quick")
+    assert results.against("preserving") == "control_constant"
+    assert results.against("official") == "control"
+    assert results.against("official_distilled") == "control_distilled"
+    assert results.verdict("official") in ("not comparable", "not run")
+    changed = Results("table2", "quick", ["proxy=null", "rows.official.published_gain=-2.4"])
+    assert changed.verdict("official") in ("not comparable", "not run")
