@@ -5,11 +5,14 @@ import copy
 import pytest
 import test_blocks
 import torch
+from torch import nn
 
-from replib import kernels
+from replib import convert, fuse, kernels, verify
 from replib.blocks import BLOCKS
 from replib.blocks.block import Geometry, RepBlock
-from replib.branches import Chain, Convolution, Norm, Sum
+from replib.branches import Chain, Convolution, Norm, Piece, Sum
+from replib.checkpoint import load_model, save_model
+from replib.report.diagram import diagram
 
 
 class Odd(RepBlock):  # a nested chain with an inner norm, a sum in a chain, a shared post-norm
@@ -46,6 +49,29 @@ def test_it_keeps_every_other_promise():
     test_blocks.test_a_dead_slope_is_replaced_before_it_divides("odd")
     test_blocks.test_gradients_flow_through_the_merge("odd")
     test_blocks.test_float32_blocks_fold_in_float64("odd")
+
+
+@torch.no_grad()
+def test_it_is_drawn_saved_and_put_into_a_network(tmp_path):
+    block = test_blocks.scrambled(BLOCKS["odd"](4, 6, inner=8).eval())
+    picture = diagram(block)
+    assert picture.count("<rect") == sum(1 for m in block.modules() if is_leaf(m)) == 10
+    assert all(f">{name}<" in picture for name in ("wide", "deep", "pool", "mean", "itself"))
+
+    block.set_rate(0.3)
+    save_model(nn.Sequential(block, nn.ReLU()), tmp_path / "odd.safetensors")
+    again = load_model(tmp_path / "odd.safetensors")
+    x = torch.randn(2, 4, 9, 9)
+    assert isinstance(again[0], Odd) and torch.equal(again[0](x), block(x))
+
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval()
+    converted = convert(plain, "odd")
+    test_blocks.close(converted(x), plain(x), 1e-5)
+    assert verify(converted, fuse(converted), x).ok
+
+
+def is_leaf(module):
+    return isinstance(module, Piece) and not isinstance(module, Chain | Sum)
 
 
 @torch.no_grad()
