@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from datetime import datetime
@@ -68,6 +69,10 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
             raise UserError(error.evalue) from None
         said = (error.evalue.splitlines() or ["no message"])[0]
         raise UserError(f"{source.name} failed with {error.ename}: {said} (see {out}).") from None
+    except KeyboardInterrupt:
+        # The interrupted cell's own traceback would be logged when its task is collected.
+        logging.getLogger("asyncio").disabled = True
+        raise
     except DeadKernelError:
         raise UserError(
             f"the process of {source.name} died (out of memory?): finished cells are kept; run "
