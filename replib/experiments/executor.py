@@ -67,7 +67,7 @@ def work(
             deadline=deadline,
             checkpoint_seconds=checkpoint_seconds,
             tick=lambda: _ticks.put(1),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            say=_ticks.put,
         )
         return True
     except OutOfTime:
@@ -183,6 +183,10 @@ def run_plan(
 
 
 def drain(ticks, bar: tqdm) -> None:
-    """Show the epochs that workers have finished."""
+    """Show what workers sent: an epoch that is finished, or a word for the user."""
     while not ticks.empty():
-        bar.update(ticks.get())
+        sent = ticks.get()
+        if isinstance(sent, str):
+            bar.write(sent, file=sys.stderr)
+        else:
+            bar.update(sent)

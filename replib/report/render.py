@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -31,6 +30,21 @@ class Tee:
         sys.stdout.flush()
 
 
+def quiet_kernel(log: Path) -> type:
+    """A kernel manager whose kernel writes what it says of itself to a file, not to our user.
+
+    What cells print is not affected: it comes back as output of the notebook.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class QuietKernelManager(AsyncKernelManager):
+        async def _async_pre_start_kernel(self, **options):
+            command, options = await super()._async_pre_start_kernel(**options)
+            return command, options | {"stderr": log.open("wb")}
+
+    return QuietKernelManager
+
+
 def execute(table: str, profile: str, settings: list[str]) -> Path:
     """Run the table's notebook with these parameters; returns the executed copy.
 
@@ -45,7 +59,7 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
         raise UserError(f"{table} has no notebook ({source}).")
     out = home() / "reports" / "runs" / "notebooks" / f"{table}-{profile}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    environment, trouble = os.environ.copy(), io.StringIO()
+    environment = os.environ.copy()
     os.environ["REPLIB_HOME"] = str(home())
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     try:
@@ -57,10 +71,9 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
             cwd=str(home()),
             progress_bar=False,
             start_timeout=300,
-            # It warns of its own transport, and of being told to stop at the end.
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            kernel_manager_class=quiet_kernel(out.with_suffix(".log")),
             stdout_file=Tee(),
-            stderr_file=trouble,  # a traceback is in the notebook already
+            stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
