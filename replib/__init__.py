@@ -2,6 +2,8 @@
 
 from replib import official
 from replib.blocks import BLOCKS
-from replib.convert import convert, fuse, verify
+from replib.convert import convert
+from replib.fusing import fuse
+from replib.verification import verify
 
 __all__ = ["BLOCKS", "convert", "fuse", "official", "verify"]

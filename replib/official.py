@@ -21,8 +21,8 @@ from replib.architectures import ARCHITECTURES, Architecture
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.blocks.repvgg import RepVGG
-from replib.convert import outermost_blocks
 from replib.models.layers import SqueezeExcite
+from replib.networks import outermost_blocks
 from replib.sources import SOURCES, Entry, Renames, Source
 
 State = dict[str, Tensor]
@@ -290,7 +290,7 @@ def export(model: nn.Module, arch: str, epoch: int = 0) -> dict:
 
     The state is under the key where that script looks for it, or bare where it expects no more.
     Merged convolutions are filled from the current merge; lambda is not part of the layout. The
-    model may be deployed.
+    model may be deployed (`replib.fusing.deployed_copy`, which keeps our containers).
     Raises: ValueError for an architecture that is not known, or a model of another one.
     """
     layout = named("arch", arch, ARCHITECTURES)

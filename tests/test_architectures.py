@@ -19,10 +19,11 @@ from test_blocks import scrambled
 from test_vectors import FIXTURES, VECTORS, agree, read, under
 from torch import nn
 
-from replib import fuse, official
+from replib import official
 from replib.architectures import ARCHITECTURES
 from replib.blocks import BLOCKS
 from replib.blocks.repmlp import RepMLP
+from replib.fusing import deployed_copy
 from replib.models.mobile import MOBILEONE
 from replib.models.replknet import REPLKNET
 from replib.models.repmlpnet import REPMLPNET
@@ -87,7 +88,7 @@ def deployed(model):
     mlps = {path: module for path, module in model.named_modules() if isinstance(module, RepMLP)}
     for path, module in mlps.items():
         model.set_submodule(path, module.deploy())
-    return model if mlps else fuse(model.eval())
+    return model if mlps else deployed_copy(model.eval())
 
 
 def by_size():
@@ -188,7 +189,7 @@ def test_what_goes_out_comes_in_again(arch, tiny, tmp_path):
     """Whole and deployed, through a file, to the bit."""
     model = tiny(arch, **ROUND_TRIPS[arch])
     x = torch.randn(2, 3, size_of(arch), size_of(arch))
-    for network in (model, fuse(model)):
+    for network in (model, deployed_copy(model)):
         out = official.export(network, arch, epoch=4)
         state = state_of(out, arch)
         old = {f"module.{k}": v for k, v in state.items() if "num_batches_tracked" not in k}
@@ -299,7 +300,7 @@ def test_deployed_files_of_repvggplus_have_no_auxiliary_classifiers(tiny):
     x = torch.randn(2, 3, 64, 64)
     names = {"main", "stage1", "stage2", "stage3_first"}
     assert set(model.train()(x)) == names
-    model = fuse(model.eval())
+    model = deployed_copy(model.eval())
     state = official.export(model, "repvggplus_l2pse")
     bare = {key: value for key, value in state.items() if "_aux" not in key}
     again = official.load_model(bare, "repvggplus_l2pse").eval()

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from test_blocks import scrambled
 from torch import nn
 
-from replib import fuse
 from replib.blocks import BLOCKS
 from replib.blocks.block import RepBlock
 from replib.branches import Chain
 from replib.checkpoint import class_of, load_model, save_model
+from replib.fusing import deployed_copy
 from replib.models import BODIES, build
 
 torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def test_every_family_comes_back(block, tmp_path):
     same(loaded, model)
     assert loaded[0].rate.item() == pytest.approx(0.3)
     assert torch.equal(loaded[0].merged().weight, model[0].merged().weight)
-    same(again(fuse(model), tmp_path), fuse(model))
+    same(again(deployed_copy(model), tmp_path), deployed_copy(model))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from replib import convert, fuse, verify
 from replib.blocks import BLOCKS, RepBlock
-from replib.convert import norms_after, outermost_blocks
+from replib.networks import norms_after, outermost_blocks
 
 X = torch.randn(2, 3, 33, 40, generator=torch.Generator().manual_seed(0))
 RANGES = dict(weight=(0.5, 1.5), bias=(-0.3, 0.3), running_mean=(-0.3, 0.3), running_var=(0.5, 2))
@@ -33,7 +33,7 @@ def net(*layers):
 
 def became(model):
     """name -> what became of it."""
-    return {change.name: change.became for change in model.conversion}
+    return {entry["name"]: entry["became"] for entry in model.conversion}
 
 
 def error(a, b):
@@ -62,7 +62,7 @@ def test_torchvision_networks(name):
     assert error(model(X), converted(X)) < 1e-5  # float32, up to 20 layers
     spatial = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in model.modules())
     assert sum(what == "repvgg" for what in became(converted).values()) == spatial
-    assert sum(what == "identity" for what in became(converted).values()) == spatial
+    assert sum(what == "Identity" for what in became(converted).values()) == spatial
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_where(where, chosen):
 def test_a_norm_is_absorbed_whatever_its_class(kind):
     model = net(nn.Conv2d(3, 8, 3, bias=False), kind(8), nn.ReLU())
     converted = convert(model, "repvgg")
-    assert became(converted) == {"0": "repvgg", "1": "identity"}
+    assert became(converted) == {"0": "repvgg", "1": "Identity"}
     assert isinstance(converted[1], nn.Identity)
     assert error(model(X), converted(X)) < 1e-5
     kept = convert(model, "repvgg", keep_norm=True)
@@ -135,7 +135,7 @@ def test_only_a_norm_that_alone_consumes_is_absorbed(kind, absorbed):
     model = scrambled(kind())
     assert len(norms_after(model)) == absorbed
     converted = convert(model, "dbb")
-    assert sum(what == "identity" for what in became(converted).values()) == absorbed
+    assert sum(what == "Identity" for what in became(converted).values()) == absorbed
     assert error(model(X), converted(X)) < 1e-5
     assert verify(converted, fuse(converted), X).ok
 
@@ -167,7 +167,7 @@ def test_padding_is_kept(mode, padding):
 def test_what_cannot_be_converted_is_listed_with_its_reason():
     model = net(nn.Conv2d(3, 8, 4, padding="same"), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     converted = convert(model, "repvgg")
-    reasons = {c.name: c.reason for c in converted.conversion if c.became == "kept"}
+    reasons = {c["name"]: c["reason"] for c in converted.conversion if c["became"] == "kept"}
     assert "two sides" in reasons["0"] and "transposed" in reasons["1"]
     assert error(model(X), converted(X)) < 1e-5
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_converted_is_listed_with_its_reason():
 def test_paper_initialisation_draws_afresh():
     model = net(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     converted = convert(model, "repvgg", init="paper")
-    assert became(converted)["1"] == "identity" and error(model(X), converted(X)) > 0.1
+    assert became(converted)["1"] == "Identity" and error(model(X), converted(X)) > 0.1
 
 
 def test_the_original_is_left_alone_and_options_reach_the_family():

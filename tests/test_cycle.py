@@ -9,9 +9,10 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.branches import Norm
-from replib.convert import fuse, outermost_blocks
+from replib.fusing import deployed_copy as fuse
 from replib.methods.cycle import RATE_SCHEDULES, Cycle, decay_groups
 from replib.models.cifar_repvgg import StageNet
+from replib.networks import outermost_blocks
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
 KNOWN = [

@@ -19,19 +19,22 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "kernels": {"errors"},
     "branches": {"kernels"},
     "blocks": {"branches", "kernels"},
-    "convert": {"blocks", "branches", "kernels"},
-    "models": {"blocks", "convert"},
+    "networks": {"blocks"},
+    "convert": {"networks", "blocks", "branches", "kernels"},
+    "fusing": {"networks", "blocks"},
+    "verification": {"fusing", "networks", "blocks"},
+    "models": {"blocks"},
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
-    "official": {"convert", "architectures", "sources", "models", "blocks", "branches", "kernels"},
-    "methods": {"models", "convert", "blocks", "branches", "kernels"},
-    "training": {"convert"},  # fuse: any nn.Module to an nn.Module
-    "checkpoint": {"training", "convert", "models", "blocks", "branches"},
+    "official": {"networks", "architectures", "sources", "models", "blocks", "branches", "kernels"},
+    "methods": {"models", "networks", "blocks", "branches", "kernels"},
+    "training": {"fusing"},  # any nn.Module to an nn.Module
+    "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": set(),
-    "experiments": {"analysis", "training", "methods", "official", "models", "convert", "blocks"},
+    "experiments": {"analysis", "training", "methods", "official", "models", "fusing", "blocks"},
     "report": {"experiments", "analysis", "training", "models", "blocks", "branches"},
     "__main__": {"report", "experiments", "training"},
-    "__init__": {"blocks", "convert", "official", "models", "methods"},
+    "__init__": {"blocks", "convert", "fusing", "official", "verification"},
 }
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")
 

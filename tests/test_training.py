@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from replib.convert import outermost_blocks
 from replib.methods.cycle import Cycle, decay_groups
 from replib.models import build
+from replib.networks import outermost_blocks
 from replib.training.data import load, split
 from replib.training.loop import (
     OutOfTime,

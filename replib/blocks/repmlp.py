@@ -51,7 +51,8 @@ class RepMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        if height % self.h or width % self.w:
+        # The deployed form is traced, where sizes have no values: there, `view` refuses.
+        if self.local and (height % self.h or width % self.w):
             raise ValueError(
                 f"the map ({height} x {width}) must be a multiple of h x w ({self.h} x {self.w})."
             )
@@ -68,7 +69,7 @@ class RepMLP(nn.Module):
 
     def window_map(self, x: Tensor) -> Tensor:
         """The affine part: (M, sets, h, w) -> the same."""
-        flat = self.dense(x.reshape(len(x), -1, 1, 1)).view(x.shape)
+        flat = self.dense(x.reshape(x.shape[0], -1, 1, 1)).view(x.shape)
         one = (1, 1)
         padded = ((chain, (k // 2, k // 2)) for chain, k in self.local_sizes())
         return sum((chain.run(x, padding, one) for chain, padding in padded), self.norm(flat))

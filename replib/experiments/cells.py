@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from replib.blocks import BLOCKS
-from replib.convert import fuse
 from replib.errors import UserError
 from replib.experiments.params import Cell, Table
 from replib.experiments.store import Store, home, sha256
+from replib.fusing import deployed_copy
 from replib.methods import cycle, distill
 from replib.models import BODY_VERSIONS, build
 from replib.training import checkpoint, loop
@@ -263,7 +263,7 @@ def run_cell(
         model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
     teacher = None
     if cell.teacher is not None:
-        teacher = fuse(trained_model(plan_cells[cell.teacher], store)).to(device)
+        teacher = deployed_copy(trained_model(plan_cells[cell.teacher], store)).to(device)
     method = cycle_of(cell, model)
     task = Task(
         model=model,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from replib.blocks import RepBlock
 from replib.branches import Convolution, Norm
-from replib.convert import outermost_blocks
 from replib.kernels import Kernel, convolve
+from replib.networks import outermost_blocks
 
 VERSION = 1  # raise when the numbers of a cycle change
 

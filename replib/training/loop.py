@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib.convert import fuse
+from replib.fusing import deployed_copy
 from replib.training.data import Dataset, augmented, derive
 
 VERSION = 1  # raise when the numbers of a training run change
@@ -231,7 +231,7 @@ def record(task: Task, progress: Progress, rate: float, loss: float) -> None:
     epoch has the smaller learning rate. By test accuracy, strictly better only, as RepAn.
     """
     data, test_selects = task.data, task.recipe.select == "test"
-    deployed = fuse(task.model.eval())  # with the current lambda; several times faster
+    deployed = deployed_copy(task.model.eval())  # with the current lambda; several times faster
 
     def correct(images: Tensor, labels: Tensor) -> float | None:
         return accuracy(deployed, data, images, labels, task.device) if len(labels) else None
@@ -282,7 +282,7 @@ def training_flops(task: Task) -> tuple[int, int]:
 def deployed_report(model: nn.Module, data: Dataset, device: str) -> dict:
     """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing."""
     model = model.to(device).eval()
-    fused = fuse(model)
+    fused = deployed_copy(model)
     x = data.normalised(data.test_images[:EVALUATION_BATCH], device)
     with FlopCounterMode(display=False) as counter:
         fused(x[:1])

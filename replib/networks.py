@@ -1,0 +1,169 @@
+"""Whole networks as trees of modules: what is in them, what follows what, and copies with changes.
+
+Everything here works on any nn.Module, by the modules that it finds and never by their names: at
+the root, nested, used in several places, inside a larger network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from replib.blocks import RepBlock
+from replib.blocks.repmlp import RepMLP
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Record = dict[str, str]
+
+
+def record(name: str, module: nn.Module, became: str, reason: str = "") -> Record:
+    """What became of one module, as plain data: pandas.DataFrame shows a list of these."""
+    return {"name": name, "class": type(module).__name__, "became": became, "reason": reason}
+
+
+def outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The wanted modules of a network by name, without those inside another one.
+
+    A module that is used in several places appears once, under its first name.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def search(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if wanted(module):
+            found[name] = module
+            return
+        for child_name, child in module.named_children():
+            search(child, f"{name}.{child_name}".lstrip("."))
+
+    search(model, "")
+    return found
+
+
+def outermost_blocks(model: nn.Module) -> dict[str, RepBlock]:
+    """The re-parameterizable convolutions of a network by name."""
+    return outermost(model, lambda module: isinstance(module, RepBlock))
+
+
+def unique_modules(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the modules of some kinds, without those inside a block."""
+    blocks = outermost(model, lambda module: isinstance(module, RepBlock | RepMLP)).values()
+    inside = {id(m) for block in blocks for m in block.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and id(module) not in inside:
+            yield name, module
+
+
+def replaced(model: nn.Module, others: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a network in which modules, by their id, are others.
+
+    deepcopy takes what its memo already holds, also at the root and where one module is used in
+    several places.
+    """
+    return copy.deepcopy(model, dict(others))
+
+
+def in_train_mode(model: nn.Module) -> list[str]:
+    """The names of the modules that are in train mode."""
+    return [name or "the model" for name, module in model.named_modules() if module.training]
+
+
+# -- norms -----------------------------------------------------------------------------------------
+def is_foldable_norm(module: nn.Module) -> bool:
+    """A batch norm with running statistics: torch's, SyncBatchNorm, or a frozen one."""
+    known = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    # torchvision's and detectron2's are the same map under other classes; timm's with an
+    # activation inside is a subclass with a forward of its own.
+    frozen = type(module).__name__ == "FrozenBatchNorm2d"
+    plain = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    known = known and type(module).forward in plain
+    return (known or frozen) and getattr(module, "running_var", None) is not None
+
+
+def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(factor, shift) of a norm in eval mode, in float64."""
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.double()
+
+
+class FlowTracer(fx.Tracer):
+    """A symbolic tracer that steps into everything but torch's own layers and our blocks."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        known = (*CONVOLUTIONS, *TRANSPOSED, RepBlock, RepMLP)
+        return (
+            isinstance(module, known)
+            or is_foldable_norm(module)
+            or super().is_leaf_module(module, name)
+        )
+
+
+def traced_parts(model: nn.Module) -> Iterator[tuple[fx.Graph, nn.Module]]:
+    """The graphs of a network: of the whole, or, where its control flow depends on the data, of
+    the largest parts that can be traced."""
+    try:
+        graph = FlowTracer().trace(model)
+    except Exception:  # whatever a model does when it is run on symbols
+        for child in model.children():
+            yield from traced_parts(child)
+        return
+    yield graph, model
+
+
+def norms_after(model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS) -> dict:
+    """module of some kinds -> the norm that alone consumes its output, each used once.
+
+    Found by symbolic tracing; a part that cannot be traced is searched child by child.
+    """
+    uses: Counter[nn.Module] = Counter(
+        module for parent in model.modules() for module in parent._modules.values() if module
+    )
+    found: dict[nn.Module, nn.Module] = {}
+    for graph, part in traced_parts(model):
+        modules = dict(part.named_modules())
+        calls = Counter(modules.get(n.target) for n in graph.nodes if n.op == "call_module")
+        read = {modules.get(n.target.rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
+        for node in graph.nodes:
+            conv = modules.get(node.target) if node.op == "call_module" else None
+            users = list(node.users)
+            if not isinstance(conv, kinds) or len(users) != 1 or conv in read:
+                continue
+            norm = modules.get(users[0].target) if users[0].op == "call_module" else None
+            alone = calls[conv] == calls[norm] == 1 and uses[conv] <= 1 and uses[norm] <= 1
+            if norm is not None and alone and is_foldable_norm(norm):
+                channels = getattr(conv, "out_channels", None)
+                if len(norm.running_var) == channels:
+                    found[conv] = norm
+    return found
+
+
+def computes_as_its_class(conv: nn.Module) -> str | None:
+    """None where a convolution is just one, else why it is not."""
+    kind = type(conv)
+    plain = next(base for base in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(conv, base))
+    if torch.nn.utils.parametrize.is_parametrized(conv):
+        return "its weight is parametrized: call remove_parametrizations first"
+    if kind.forward is not plain.forward or getattr(kind, "_conv_forward", None) is not getattr(
+        plain, "_conv_forward", None
+    ):
+        return f"{kind.__name__} computes something else than {plain.__name__}"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+        return "it has hooks, which would be lost"
+    return None
+
+
+def tied(model: nn.Module, conv: nn.Module) -> str | None:
+    """Why a convolution may not be changed alone: its weight is another module's too."""
+    holders = [m for m in model.modules() if any(p is conv.weight for p in m._parameters.values())]
+    return "its weight is another module's too" if len(holders) > 1 else None

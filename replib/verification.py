@@ -1,0 +1,274 @@
+"""The proof that a deployed network is the network: block by block and end to end, in numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from replib.blocks import RepBlock
+from replib.fusing import is_unit
+from replib.networks import CONVOLUTIONS, TRANSPOSED, in_train_mode, norms_after, outermost
+
+HOLDERS = (RepBlock, *CONVOLUTIONS, *TRANSPOSED)  # what a norm may be folded into
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest errors, relative to the largest float64 output.
+
+    border, interior: where windows see padding, and elsewhere; None where there is no such place.
+    allowed: what rounding may leave.
+    """
+
+    name: str
+    border: float | None
+    interior: float | None
+    allowed: float
+
+    @property
+    def error(self) -> float:
+        """The larger of the two; nan where nothing was compared, or something is not a number."""
+        errors = [e for e in (self.border, self.interior) if e is not None]
+        return max(errors) if errors and not any(map(math.isnan, errors)) else math.nan
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the bound; nan, on either side, is a failure."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on a fused network, end to end and block by block."""
+
+    network: Check
+    blocks: list[Check] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # blocks that the input never reached
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True when every check holds, and every block was reached."""
+        return self.network.ok and all(check.ok for check in self.blocks) and not self.unseen
+
+    def __str__(self) -> str:
+        failed = [check for check in self.blocks if not check.ok]
+        parts = [f"{'equal' if self.ok else 'NOT EQUAL'}: {len(self.blocks)} blocks"]
+        parts += [f"{len(failed)} of them differ"] if failed else []
+        worst = max(failed or self.blocks, key=lambda c: c.error / c.allowed, default=None)
+        for title, check in (("end to end", self.network), ("worst block", worst)):
+            if check is not None:
+                name = f"{title} {check.name}".rstrip()
+                parts.append(f"{name}: {check.error:.2e}, allowed {check.allowed:.2e}")
+        parts += [f"never reached: {', '.join(self.unseen)}"] if self.unseen else []
+        return "; ".join(parts + self.notes)
+
+
+@torch.no_grad()
+def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
+    """Compare a network and its fused copy with the network in float64.
+
+    example_input: a tensor, or a tuple of arguments. Both networks must be in eval mode, and of
+    one floating-point type. Every block, with the norm that was folded into it, is compared on the
+    input that it sees in the float64 run, border and interior apart; then the outputs end to end.
+    The bound is 16 eps (4 + depth), eps of the model's dtype and depth in blocks; for one block
+    depth is 1. It grows with what rounding can do, and stays far below any wrong kernel; where
+    the network itself loses more in its dtype than that, four times its own error is allowed.
+    Detections are matched instead, see `detections`.
+    Raises: ValueError in train mode.
+    """
+    for name, network in (("model", model), ("fused", fused)):
+        if training := in_train_mode(network):
+            raise ValueError(
+                f"{name} is in train mode ({training[0]}): call .eval() before verifying."
+            )
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    exact = copy.deepcopy(model).double()
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    checks: dict[str, Check] = {}
+    hooks, names = watched(exact, fused, dtype, checks)
+    with torch.autocast(arguments_device(arguments), enabled=False):
+        wanted = exact(*in_double(arguments))
+    for hook in hooks:
+        hook.remove()
+    got, itself = fused(*arguments), model(*arguments)
+    network, notes = end_to_end(got, itself, wanted, allowed(dtype, len(names)))
+    unseen = [name for name in names if name not in checks]
+    return Verification(network, list(checks.values()), unseen, notes)
+
+
+def watched(
+    exact: nn.Module, fused: nn.Module, dtype: torch.dtype, checks: dict[str, Check]
+) -> tuple[list, list[str]]:
+    """Hooks that compare every block of the float64 network with its deployed layer."""
+    places, ours = dict(fused.named_modules()), {m: n for n, m in exact.named_modules()}
+    folded = {
+        block: norm
+        for block, norm in norms_after(exact, HOLDERS).items()
+        if isinstance(places.get(ours[norm]), nn.Identity) or ours[norm] not in places
+    }
+    blocks = outermost(exact, lambda m: m in folded or is_unit(m))
+    inputs: dict[nn.Module, list[Tensor]] = {block: [] for block in blocks.values()}
+
+    def compare(name: str, block: nn.Module, x: Tensor, output: Tensor) -> None:
+        got = places[name](x.to(dtype))
+        check = compared(name, got.double(), output, places[name], x, allowed(dtype, 1))
+        before = checks.get(name)
+        if before is None or not check.error <= before.error:  # of several calls, the worst
+            checks[name] = check
+
+    def at_block(name: str):
+        def hook(block: nn.Module, arguments: tuple, output: Tensor) -> None:
+            if block in folded:
+                inputs[block].append(arguments[0])
+            else:
+                compare(name, block, arguments[0], output)
+
+        return hook
+
+    def at_norm(name: str, block: nn.Module):
+        def hook(norm: nn.Module, arguments: tuple, output: Tensor) -> None:
+            compare(name, block, inputs[block].pop(), output)
+
+        return hook
+
+    hooks, names = [], []
+    for name, block in blocks.items():
+        if name and name not in places:
+            continue  # a container deployed it together with others: seen end to end
+        names.append(name)
+        hooks.append(block.register_forward_hook(at_block(name)))
+        if block in folded:
+            hooks.append(folded[block].register_forward_hook(at_norm(name, block)))
+    return hooks, names
+
+
+def allowed(dtype: torch.dtype, depth: int) -> float:
+    """The relative error that rounding may leave after `depth` blocks."""
+    return 16 * torch.finfo(dtype).eps * (4 + depth)
+
+
+def arguments_device(arguments) -> str:
+    """Where the tensors of some arguments lie."""
+    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    return next((tensor.device.type for tensor in tensors), "cpu")
+
+
+def in_double(values):
+    """Floating-point tensors in float64, anything else as it is."""
+
+    def lifted(value):
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating else value
+
+    return tree_map(lifted, values)
+
+
+# -- comparisons -----------------------------------------------------------------------------------
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """max |got - wanted| / max |wanted|; nan where shapes differ."""
+    if got.shape != wanted.shape:
+        return math.nan
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((got.double() - wanted).abs().max() / scale).item()
+
+
+def end_to_end(got, itself, wanted, bound: float) -> tuple[Check, list[str]]:
+    """The outputs of a fused network and of the network itself against the float64 ones."""
+    if is_detections(wanted):
+        return detections(got, itself, wanted, bound)
+    error, own = structured_error(got, wanted), structured_error(itself, wanted)
+    if own <= bound / 4:
+        return Check("", None, error, bound), []
+    note = f"the network itself is {own:.2e} away from float64"
+    return Check("", None, error, 4 * own), [note]
+
+
+def structured_error(got, wanted) -> float:
+    """The largest error over the tensors of an output; nan where structures differ."""
+    left, right = floating(got), floating(wanted)
+    if len(left) != len(right) or not right:
+        return math.nan
+    errors = [relative_error(a, b) for a, b in zip(left, right, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def floating(output) -> list[Tensor]:
+    """The floating-point tensors of a structured output, in order."""
+    leaves = tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def is_detections(output) -> bool:
+    """Whether an output is a list of detections, one dictionary per image, as torchvision's."""
+    return (
+        isinstance(output, list | tuple)
+        and bool(output)
+        and all(isinstance(image, dict) and {"boxes", "scores"} <= image.keys() for image in output)
+    )
+
+
+def detections(got, itself, wanted, bound: float) -> tuple[Check, list[str]]:
+    """The share of detections (boxes and scores) that have no counterpart.
+
+    Ranking and suppressing boxes is not continuous: with near ties a network in its own dtype
+    keeps other boxes than in float64. So the share is compared with that of the network itself.
+    """
+    share, own = unmatched(got, wanted, bound), unmatched(itself, wanted, bound)
+    total = sum(len(image["scores"]) for image in wanted)
+    notes = [f"{total} detections, {share:.0%} without counterpart (the network itself: {own:.0%})"]
+    if not total or own > 0.5:
+        notes.append("too few to tell by: verify in float64, or with an input that it recognises")
+        return Check("", None, math.nan, 0.0), notes
+    return Check("", None, share, min(2 * own + 1 / total, (1 + own) / 2)), notes
+
+
+def unmatched(got, wanted, bound: float) -> float:
+    """The share of wanted detections that no found one of the same label is equal to."""
+    if len(got) != len(wanted):
+        return 1.0
+    missing = total = 0
+    for found, image in zip(got, wanted, strict=True):
+        size = image["boxes"].abs().max() if len(image["boxes"]) else 1.0
+        near = torch.cdist(image["boxes"], found["boxes"].double(), p=math.inf) <= bound * size
+        scores = (image["scores"][:, None] - found["scores"].double()).abs()
+        near &= scores <= bound * image["scores"].abs()[:, None]
+        if "labels" in image:
+            near &= image["labels"][:, None] == found["labels"]
+        missing += (~near.any(1)).sum().item() + max(len(found["boxes"]) - len(near), 0)
+        total += len(near)
+    return min(missing / max(total, 1), 1.0)
+
+
+def compared(
+    name: str, got: Tensor, wanted: Tensor, layer: nn.Module, x: Tensor, bound: float
+) -> Check:
+    """Border and interior of one block's output, apart."""
+    if got.shape != wanted.shape:
+        return Check(name, math.nan, math.nan, bound)
+    scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    error = (got - wanted).abs() / scale
+    if not isinstance(layer, CONVOLUTIONS) or not isinstance(layer.padding, tuple):
+        return Check(name, None, error.max().item(), bound)
+    border = torch.ones(wanted.shape[2:], dtype=torch.bool, device=wanted.device)
+    inside = []
+    for p, s, k, d, size, length in zip(
+        layer.padding, layer.stride, layer.kernel_size, layer.dilation, wanted.shape[2:],
+        x.shape[2:], strict=True,
+    ):  # fmt: skip
+        # Output i sees inputs i s - p ... i s - p + d (k - 1).
+        last = (length - 1 + p - d * (k - 1)) // s
+        inside.append(slice(-(-p // s), min(last + 1, size)))
+    border[tuple(inside)] = False
+
+    def largest(mask: Tensor) -> float | None:
+        return error[..., mask].max().item() if mask.any() else None
+
+    return Check(name, largest(border), largest(~border), bound)
