@@ -52,7 +52,84 @@ def parser() -> argparse.ArgumentParser:
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
     evidence.add_argument("action", choices=("add", "check"))
     evidence.add_argument("files", nargs="*", type=Path, help="add: bundles; check: default all")
+    network_commands(commands)
     return out
+
+
+def network_commands(commands) -> None:
+    """train, test and deploy: one network."""
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.add_argument(
+            "--data",
+            required=True,
+            metavar="D",
+            help="digits, cifar10, cifar100, or the path of an image folder: train/CLASS/*, and "
+            "val/CLASS/* or test/CLASS/*; classes are numbered by their sorted names",
+        )
+        made.add_argument("--data-dir", metavar="FOLDER", help="where cifar10/100 lie (data/)")
+        made.add_argument("--image-size", type=int, help="of an image folder (as they are)")
+        made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
+        return made
+
+    train = command(
+        "train",
+        "train one network: a cell of a table, so it can be killed and goes on by the same command",
+    )
+    train.add_argument("--body", required=True, help="a key of replib.models.BODIES")
+    train.add_argument("--block", help="a key of replib.BLOCKS (repvgg)")
+    for name, kind, text in (
+        ("epochs", int, "20; of each of --set phases=N"),
+        ("batch-size", int, "128"),
+        ("learning-rate", float, "0.1, cosine to 0"),
+        ("momentum", float, "0.9"),
+        ("weight-decay", float, "0.0001"),
+        ("train-images", int, "all; drawn anew for every seed"),
+        ("held-out", int, "a tenth; of these, images that select the epoch"),
+    ):
+        train.add_argument(f"--{name}", type=kind, help=text)
+    train.add_argument(
+        "--protocol", choices=("clean", "paper"), help="clean; paper: the test split selects"
+    )
+    train.add_argument("--start", metavar="CKPT", help="a file, or the key of a trained cell")
+    train.add_argument("--seed", type=int, default=0, help="0; of weights, order and split")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of a cell, as in params/*.yaml; crops are padded by 4 pixels and images "
+        "flipped if nothing else is said (digits: 1, not flipped)",
+    )
+    train.add_argument("--out", required=True, type=Path, help="the network: F.safetensors")
+
+    test = command("test", "accuracy of a network on the test split")
+    test.add_argument(
+        "--form", choices=("training", "deployed", "both"), help="default: all that there is"
+    )
+    deploy = command(
+        "deploy",
+        "merge a network's blocks, compare accuracy and outputs before and after on real images, "
+        "and write it; status 1, and nothing written, where they differ by more than rounding",
+    )
+    for tool in (test, deploy):
+        tool.add_argument("network", metavar="CKPT", type=Path, help="from train, or released")
+        tool.add_argument("--arch", help="which network a released file is: repvgg_a0, ...")
+        tool.add_argument("--batch-size", type=int, default=256, help="images at once (256)")
+    deploy.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="F.safetensors (for replib, and any reader of the format), F.pt2 (a torch.export "
+        "program that needs no replib), or any name for --layout official",
+    )
+    deploy.add_argument(
+        "--layout",
+        choices=("replib", "official"),
+        default="replib",
+        help="official: what the deployed script of --arch's own repository loads",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -195,6 +272,38 @@ def evidence(arguments: argparse.Namespace) -> None:
         print(f"{len(found)} evidence files from {path} are in {store.published}.")
 
 
+def train(arguments: argparse.Namespace) -> None:
+    from replib.experiments.params import Cell
+    from replib.tools import named_data, train
+
+    given = {k: v for k, v in vars(arguments).items() if k in Cell.model_fields and v is not None}
+    given |= named_data(arguments.data, arguments.data_dir)
+    train(given, arguments.set, arguments.out, device=arguments.device)
+
+
+def test(arguments: argparse.Namespace) -> None:
+    from replib.tools import test
+
+    test(arguments.network, form=arguments.form, **tool_options(arguments))
+
+
+def deploy(arguments: argparse.Namespace) -> int:
+    from replib.tools import deploy
+
+    options = tool_options(arguments) | {"layout": arguments.layout}
+    return 0 if deploy(arguments.network, out=arguments.out, **options) else 1
+
+
+def tool_options(arguments: argparse.Namespace) -> dict:
+    """What test and deploy have in common."""
+    from replib.tools import open_data
+
+    batch = positive("--batch-size", arguments.batch_size)
+    arguments.network.open("rb").close()  # a missing file is told before data are read
+    data = open_data(arguments.data, arguments.data_dir, arguments.image_size)
+    return {"data": data, "arch": arguments.arch, "device": arguments.device, "batch": batch}
+
+
 def not_named(path: Path, found: dict) -> bool:
     """Whether a published file does not carry its own key as its name."""
     return path.parent.name == "evidence" and not found["result"]["key"].startswith(path.stem)
@@ -215,14 +324,17 @@ COMMANDS = {
     "list": list_tables,
     "reports": reports,
     "evidence": evidence,
+    "train": train,
+    "test": test,
+    "deploy": deploy,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, or 2 with one line on standard error for a user's mistake."""
+    """Run a command; 0, 1 where a check fails, or 2 with one line for a user's mistake."""
     try:
         arguments = parser().parse_args(argv)
-        COMMANDS[arguments.command](arguments)
+        return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
         print(f"replib: {error}", file=sys.stderr)
         return 2
@@ -233,7 +345,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("replib: stopped; run the same command again to go on.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

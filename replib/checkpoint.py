@@ -138,6 +138,8 @@ def as_data(value: object, path: str) -> object:
         return [as_data(item, path) for item in value]
     if isinstance(value, tuple):
         return {"tuple": [as_data(item, path) for item in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: as_data(item, f"{path}.{key}") for key, item in value.items()}}
     if isinstance(value, Geometry):
         return {"geometry": {key: as_data(item, path) for key, item in asdict(value).items()}}
     if isinstance(value, type) and known(class_name(value)):
@@ -232,6 +234,7 @@ def class_of(name: str) -> type[nn.Module]:
 
 READERS: dict[str, Callable] = {
     "tuple": lambda items: tuple(from_data(item) for item in items),
+    "dict": lambda items: {key: from_data(item) for key, item in items.items()},
     "geometry": lambda items: Geometry(**{key: from_data(item) for key, item in items.items()}),
     "class": class_of,
 }

@@ -31,11 +31,17 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "training": {"fusing"},  # any nn.Module to an nn.Module
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": set(),
-    "experiments": {"analysis", "training", "methods", "official", "models", "fusing", "blocks"},
+    "experiments": {
+        "analysis", "checkpoint", "training", "methods", "official", "models", "fusing", "blocks"
+    },
+    "tools": {
+        "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
+        "networks", "branches",
+    },
     "report": {"experiments", "analysis", "training", "models", "blocks", "branches"},
-    "__main__": {"report", "experiments", "training"},
+    "__main__": {"report", "tools", "experiments", "training"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},
-}
+}  # fmt: skip
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")
 
 

@@ -61,12 +61,13 @@ class Plan:
 
     cells: dict[str, Planned] = field(default_factory=dict)
     by_row: dict[tuple[str, int], str] = field(default_factory=dict)
+    weights: set[str] = field(default_factory=set)  # keys of cells whose weights are wanted too
 
     def missing(self, store: Store) -> list[Planned]:
         """The cells still to train, parents first; a parent without weights is trained again."""
         wanted: set[str] = set()
         for planned in reversed(self.cells.values()):
-            needed = any(
+            needed = planned.key in self.weights or any(
                 planned.key in child.parents.values()
                 for child in self.cells.values()
                 if child.key in wanted
@@ -125,19 +126,19 @@ def plan(table: Table, store: Store | None = None) -> Plan:
     return out
 
 
-def adopt(out: Plan, store: Store, key: str, data_dir: str | None) -> str:
+def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "start") -> str:
     """Take a finished cell of any table into the plan, with its parents; returns its whole key."""
     evidence = store.read_any(key)
     if evidence is None:
         raise UserError(
-            f"start (={key!r}) is no cell whose evidence is here: run its table first, or name a "
+            f"{role} (={key!r}) is no cell whose evidence is here: run its table first, or name a "
             "row or the path of a checkpoint."
         )
     result = evidence["result"]
     if result["key"] not in out.cells:
         cell = Cell.model_validate(result["parameters"] | {"data_dir": data_dir})
         if key_of(cell, result["data"]["digest"]) != result["key"]:
-            raise UserError(f"start (={key!r}) was made by an older version: run its table again.")
+            raise UserError(f"{role} (={key!r}) was made by an older version: run its table again.")
         planned = Planned(result["key"], cell)
         for parent in planned.parents.values():
             adopt(out, store, parent, data_dir)
@@ -163,10 +164,14 @@ def located(path: str | None) -> str | None:
 
 def dataset(cell: Cell) -> Dataset:
     """The data of a cell."""
-    folder = cell.data_dir
-    if folder is None and cell.data.startswith("cifar"):
+    return opened(cell.data, cell.data_dir, cell.image_size)
+
+
+def opened(name: str, folder: str | None = None, image_size: int | None = None) -> Dataset:
+    """A data set; downloads are kept in the project's folder."""
+    if folder is None and name.startswith("cifar"):
         folder = "data"
-    return load(cell.data, located(folder), cell.image_size)
+    return load(name, located(folder), image_size)
 
 
 def split_of(cell: Cell) -> Splits:
@@ -213,7 +218,7 @@ def trained_model(planned: Planned, store: Store) -> nn.Module:
 
 
 def load_start(model: nn.Module, cell: Cell, path: str) -> None:
-    """Begin from a checkpoint file: our own, or RepAn's layout for its CIFAR bodies.
+    """Begin from a file: a network of ours, a checkpoint, or RepAn's layout of its CIFAR bodies.
 
     Raises: UserError where it is damaged, or of another network.
     """
@@ -222,10 +227,13 @@ def load_start(model: nn.Module, cell: Cell, path: str) -> None:
             model.load_state_dict(own["model"])
     except checkpoint.Foreign:
         from replib import official
+        from replib.checkpoint import load_model
 
         arch = "repan_" + cell.body.removeprefix("cifar_")
         try:
-            model.load_state_dict(official.load_model(located(path), arch).state_dict())
+            ours = path.endswith(".safetensors")
+            theirs = load_model(located(path)) if ours else official.load_model(located(path), arch)
+            model.load_state_dict(theirs.state_dict())
         except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
             raise unfit(path, cell, error) from None
     except (checkpoint.BadCheckpoint, RuntimeError, KeyError) as error:

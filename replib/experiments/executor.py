@@ -84,9 +84,15 @@ def work(
         ) from None
 
 
-def default_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_here(wanted: str | None) -> str:
+    """The device that is wanted; by default a GPU where there is one.
+
+    Raises: UserError for a GPU where there is none.
+    """
+    here = torch.cuda.is_available()
+    if wanted == "cuda" and not here:
+        raise UserError("device (=cuda) is not on this machine: leave --device out, or say cpu.")
+    return wanted or ("cuda" if here else "cpu")
 
 
 def run_plan(
@@ -104,9 +110,7 @@ def run_plan(
     It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
     Raises: UserError where results cannot be written, or a worker died.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device (=cuda) is not on this machine: leave --device out, or say cpu.")
-    device = device or default_device()
+    device = device_here(device)
     missing = plan.missing(store)
     present = len(plan.cells) - len(missing)
     if not missing:
