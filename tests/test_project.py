@@ -38,7 +38,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
         "networks", "branches",
     },
-    "report": {"experiments", "analysis", "training", "models", "blocks", "branches"},
+    "report": {"experiments", "analysis", "training", "models", "blocks", "branches", "kernels"},
     "__main__": {"report", "tools", "experiments", "training"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},
 }  # fmt: skip
