@@ -5,13 +5,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import TINY
 from test_blocks import CASES, close, scrambled
 from test_blocks import build as scrambled_block
 from test_diagram import SVG, assert_nothing_overlaps, words_of
 
 from replib.blocks import BLOCKS
 from replib.blocks.block import Geometry, RepBlock
+from replib.blocks.repmlp import RepMLP
 from replib.branches import Chain, Piece
+from replib.experiments.cells import new_model
 from replib.report.kernel_picture import (
     DIVERGING,
     SHIFT,
@@ -20,6 +23,7 @@ from replib.report.kernel_picture import (
     channel_pairs,
     kernel_picture,
 )
+from replib.report.page import NO_BLOCK, Page
 
 RATE = 0.3
 FAMILIES = [(name, "kernel 1" if name == "orepa_1x1" else "plain") for name in BLOCKS]
@@ -115,8 +119,8 @@ def test_the_picture_shows_these_numbers(family, case):
 
 
 def test_printed_numbers_are_the_values_in_their_unit():
-    scale = ColourScale(DIVERGING, -0.0413, 0.0413)
-    assert scale.unit == pytest.approx(0.001)
+    for largest, unit in ((0.0413, 0.001), (1.1, 0.01), (1.99, 0.01), (2.0, 0.1), (350.0, 10.0)):
+        assert ColourScale(DIVERGING, -largest, largest).unit == pytest.approx(unit)
     block, _ = build("repvgg", "plain")
     root = ElementTree.fromstring(kernel_picture(block, [1], [1]))
     (group, *_) = (g for g in root.iter(f"{SVG}g") if g.get("class") == "kernel")
@@ -183,3 +187,44 @@ def test_what_cannot_be_drawn_is_refused():
         block.branches["1x1"][0].weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         kernel_picture(block)
+
+
+# -- on a page ------------------------------------------------------------------------------------
+def evil_page(project):
+    label = "<script>x</script>"
+    project.table("tiny9", TINY.replace('base: {label: "Base"', f'base: {{label: "{label}"'))
+    return Page("tiny9", "tiny")
+
+
+def test_a_page_shows_the_kernels_as_initialised_where_nothing_is_trained(project):
+    page, state = evil_page(project), torch.random.get_rng_state()
+    picture, kernels = page.block().data, page.kernels().data
+    assert (picture, kernels) == (page.block().data, page.kernels().data)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert "RepVGG: " in picture and "in training" in picture and "deployed" in picture
+    assert "as initialised: norms are fresh" in kernels and "selected weights" not in kernels
+    assert "<script" not in picture + kernels and "&lt;script" in kernels
+
+
+def test_a_page_shows_the_kernels_of_the_weights_that_are_here(project):
+    page = evil_page(project)
+    planned = page.results.plan.cells[page.results.plan.by_row["official", 0]]
+    model = scrambled(new_model(planned.cell))
+    page.results.store.save(planned.key, "weights", {"model": model.state_dict()})
+    blocks = {n: m.eval() for n, m in model.named_modules() if isinstance(m, RepBlock)}
+    most = max(len(block.branches) for block in blocks.values())
+    name, block = next((n, b) for n, b in blocks.items() if len(b.branches) == most)
+    shown = page.kernels().data
+    assert most == 3 and kernel_picture(block) in shown
+    assert f"{name} of Official, seed 0, the selected weights." in shown
+
+
+def test_a_page_of_networks_without_convolution_blocks_says_so(project, monkeypatch):
+    page = evil_page(project)
+    for network, drawn in (
+        (torch.nn.Conv2d(1, 1, 1), NO_BLOCK),
+        (torch.nn.Sequential(BLOCKS["rep"](2, 2), RepMLP(4, 2, 2)), "fully connected"),
+    ):
+        monkeypatch.setattr("replib.report.page.new_model", lambda cell, made=network: made)
+        assert drawn in page.block().data
+        assert (drawn in page.kernels().data) == (drawn is NO_BLOCK), "RepMLP is no convolution"

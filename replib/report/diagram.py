@@ -86,7 +86,7 @@ def svg(width: float, height: float, body: str, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" font-family="system-ui, sans-serif" '
         f'stroke-width="1" role="img" aria-label="{escape(title)}" '
-        f'style="background:#fff;max-width:100%;height:auto">{body}</svg>'
+        f'style="display:block;background:#fff;max-width:100%;height:auto">{body}</svg>'
     )
 
 
@@ -342,7 +342,7 @@ def before_after(block: RepBlock | RepMLP, title: str | None = None) -> str:
         inside = repmlp_drawing(block), repmlp_drawing(plain)
     else:
         inside = drawing(block), box(deployed_lines(plain), COLOURS[Convolution])
-    before, after = form("trained", block, inside[0]), form("deployed", plain, inside[1])
+    before, after = form("in training", block, inside[0]), form("deployed", plain, inside[1])
     bridge, top, height = 90, 34, max(before.height, after.height)
     left = MARGIN + before.width
     strokes = before.at(MARGIN + before.width / 2, top + (height - before.height) / 2)

@@ -132,8 +132,8 @@ class ColourScale:
 
     @property
     def unit(self) -> float:
-        """The power of ten in which the largest value has two digits."""
-        return 10.0 ** (math.floor(math.log10(self.high)) - 1)
+        """The power of ten in which the largest value is a number from 20 to 199."""
+        return 10.0 ** (math.floor(math.log10(self.high / 2)) - 1)
 
 
 def minus(number: str) -> str:
@@ -179,7 +179,7 @@ def heat_map(x: float, y: float, values: Tensor, scale: ColourScale, name: str) 
             f"<title>({', '.join(map(str, index))}): {value:.4g}</title></rect>"
         )
         if side >= ROOM_FOR_NUMBERS:
-            said, size = minus(f"{value / scale.unit:.0f}"), min(10, side // 2)
+            said, size = minus(f"{value / scale.unit:.0f}"), min(10, int(0.42 * side))
             middle = left + side / 2, top + side / 2 + 0.36 * size
             out += text(*middle, said, size=size, colour=scale.ink(value))
     return f'<g class="kernel">{out}</g>'

@@ -8,17 +8,24 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 
 import pandas as pd
 from IPython.display import HTML
+from torch import nn
 
 from replib.analysis.statistics import Estimate
-from replib.blocks import BLOCKS
+from replib.blocks import RepBlock
+from replib.blocks.repmlp import RepMLP
+from replib.errors import UserError
+from replib.experiments.cells import new_model, trained_model
 from replib.experiments.store import home
-from replib.report.diagram import diagram
+from replib.report.diagram import before_after
+from replib.report.kernel_picture import kernel_picture
 from replib.report.results import Cost, Results
 
 NONE = "–"
+NO_BLOCK = "<p>No network of this table is made of such blocks.</p>"
 
 
 def escape(value: object) -> str:
@@ -99,10 +106,42 @@ class Page:
         return HTML("".join(parts))
 
     def block(self) -> HTML:
-        """The block of this table, drawn from its declaration."""
-        cell = next(iter(self.results.plan.cells.values())).cell
-        family = BLOCKS[self.table.cell.get("block", cell.block)]
-        return HTML(diagram(family(16, 16)))
+        """The block of this table, as it is trained and as it is deployed."""
+        found = self.example(RepBlock | RepMLP, trained=False)
+        return HTML(before_after(found[1]) if found else NO_BLOCK)
+
+    def kernels(self) -> HTML:
+        """The kernels that a block of this table merges: trained ones, where they are here."""
+        found = self.example(RepBlock, trained=True) or self.example(RepBlock, trained=False)
+        if not found:
+            return HTML(NO_BLOCK)
+        said, block = found
+        return HTML(f"{kernel_picture(block)}<p><small>{escape(said)}</small></p>")
+
+    def example(self, kind: UnionType | type, trained: bool) -> tuple[str, nn.Module] | None:
+        """A block of a network of this table, and in words which one it is; None without any.
+
+        The one with the most branches, in the first row and seed that has any: with the weights
+        that are on this machine, or as initialised.
+        """
+        cells, bodies = self.results.plan.cells.values(), set()
+        family = self.table.cell.get("block", next(iter(cells)).cell.block)
+        for planned in cells:
+            cell = planned.cell
+            if cell.block != family or (cell.body in bodies and not trained):
+                continue
+            bodies.add(cell.body)
+            try:
+                model = trained_model(planned, self.results.store) if trained else new_model(cell)
+            except UserError:  # not trained here, or by an older version
+                continue
+            blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]
+            if blocks:
+                name, block = max(blocks, key=lambda item: branch_count(item[1]))
+                row = self.table.rows[planned.rows[0]].label if planned.rows else "the start"
+                state = "the selected weights" if trained else "as initialised: norms are fresh"
+                return f"{name} of {row}, seed {cell.seed}, {state}.", block
+        return None
 
     def train(self, **options) -> None:
         """Train the missing cells here, with progress; options of `run_plan`."""
@@ -266,6 +305,11 @@ class Page:
             "<details><summary>All parameters of this profile</summary>"
             f"<pre>{escape(text)}</pre></details>"
         )
+
+
+def branch_count(block: RepBlock | RepMLP) -> int:
+    """How many branches a block has."""
+    return len(block.branches) if isinstance(block, RepBlock) else 1 + len(block.local)
 
 
 def relative(path: Path) -> str:
