@@ -31,7 +31,9 @@ PACKAGES = (  # modules of other packages are not made from a file
     "replib.models.",
     "torch.nn.modules.",
     "torchvision.models.",
+    "torchvision.ops.",
 )
+RECORDS = ("conversion", "fusion")  # what was done to a network, noted on its root
 TORCH = "torch.nn.modules."  # made by their constructors, the others from their attributes
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -88,10 +90,11 @@ def described(module: nn.Module, path: str, tensors: dict[str, Tensor], seen: di
     seen[id(module)] = path
     name = class_name(type(module))
     node: dict = {"class": name, "training": module.training}
-    if name.startswith(TORCH):
-        node["arguments"] = constructed_from(module)
-    elif known(name):
+    if known(name):
         own = {key: value for key, value in vars(module).items() if key not in OF_EVERY_MODULE}
+        if name.startswith(TORCH):
+            node["arguments"] = constructed_from(module)
+            own = {key: value for key, value in own.items() if key in RECORDS}
         node["attributes"] = {key: as_data(v, at(path, key)) for key, v in own.items()}
     for kind, held in (("parameters", module._parameters), ("buffers", module._buffers)):
         node[kind] = {key: None if value is None else kept(value) for key, value in held.items()}
@@ -211,10 +214,12 @@ def bare(node: dict, path: str, body: nn.Module | None) -> nn.Module:
     kind = class_of(name)
     if "arguments" in node:
         with torch.device("meta"):
-            return kind(**{key: from_data(value) for key, value in node["arguments"].items()})
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    vars(module).update({key: from_data(value) for key, value in node["attributes"].items()})
+            module = kind(**{key: from_data(value) for key, value in node["arguments"].items()})
+    else:
+        module = kind.__new__(kind)
+        nn.Module.__init__(module)
+    own = node.get("attributes", {})  # torch's layers had none in older files
+    vars(module).update({key: from_data(value) for key, value in own.items()})
     return module
 
 

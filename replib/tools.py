@@ -10,6 +10,7 @@ import copy
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,6 +351,13 @@ def write_program(model: nn.Module, path: Path, x: Tensor) -> None:
     torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), path)
 
 
+def read_program(path: Path) -> nn.Module:
+    """What `torch.export.load` gives; that it maps the file into memory needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.export.load(path).module()
+
+
 @dataclass(frozen=True)
 class Format:
     """How a deployed network is written (model, path, an input), and read back."""
@@ -360,7 +368,7 @@ class Format:
 
 FORMATS = {
     ".safetensors": Format(lambda model, path, x: save_model(model, path), load_model),
-    ".pt2": Format(write_program, lambda path: torch.export.load(path).module()),
+    ".pt2": Format(write_program, read_program),
 }
 
 

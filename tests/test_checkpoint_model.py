@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_blocks import scrambled
 from torch import nn
 
+from replib import convert
 from replib.blocks import BLOCKS
 from replib.blocks.block import RepBlock
 from replib.branches import Chain
@@ -93,6 +94,26 @@ def test_a_network_of_torchvision_comes_back(tmp_path):
     model = scrambled(resnet18(num_classes=3).eval())
     model.conv1 = nn.Conv2d(2, 64, 3)
     same(again(model, tmp_path), model)
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_a_converted_network_of_torchvision_comes_back(name, tmp_path):
+    """With the record of what was converted, and the modules of torchvision.ops."""
+    from torchvision.models import get_model
+
+    model = convert(scrambled(get_model(name, num_classes=3).eval()), "repvgg")
+    loaded = again(model, tmp_path)
+    assert loaded.conversion == model.conversion and len(model.conversion) > 10
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_the_record_of_a_plain_sequence_comes_back(tmp_path):
+    model = convert(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).eval(), "acb")
+    assert again(model, tmp_path).conversion == model.conversion
+    save_model(nn.Sequential(nn.ReLU()), tmp_path / "model.safetensors")
+    assert not hasattr(load_model(tmp_path / "model.safetensors"), "conversion")
 
 
 def test_partly_deployed_frozen_and_in_training(tmp_path):
