@@ -126,3 +126,24 @@ def with_fewer_groups(weight, old, new):
         first = (o // (out_channels // new)) * out.shape[1]
         out[(o, channel - first, *tap)] = weight[(o, j, *tap)]
     return out
+
+
+def spread(weight, dilation):
+    """A dilated kernel as an ordinary one: zeros between its taps."""
+    size = tuple((k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
+    out = np.zeros((*weight.shape[:2], *size))
+    for o, i, *tap in places(weight.shape):
+        out[(o, i, *(t * d for t, d in zip(tap, dilation, strict=True)))] = weight[(o, i, *tap)]
+    return out
+
+
+def average(x, size, dilation):
+    """The mean of every window of a feature map, without padding."""
+    dims = len(size)
+    space = tuple(n - (k - 1) * d for n, k, d in zip(x.shape[2:], size, dilation, strict=True))
+    y = np.zeros((*x.shape[:2], *space))
+    for n, c, *at in places(y.shape):
+        for tap in places(size):
+            where = [at[a] + tap[a] * dilation[a] for a in range(dims)]
+            y[(n, c, *at)] += x[(n, c, *where)] / np.prod(size)
+    return y

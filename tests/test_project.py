@@ -30,7 +30,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "methods": {"models", "networks", "blocks", "branches", "kernels"},
     "training": {"fusing"},  # any nn.Module to an nn.Module
     "checkpoint": {"training", "models", "blocks", "branches"},
-    "analysis": set(),
+    "analysis": {"blocks", "branches", "kernels"},
     "experiments": {
         "analysis", "checkpoint", "training", "methods", "official", "models", "fusing", "blocks"
     },
