@@ -179,7 +179,7 @@ def heat_map(x: float, y: float, values: Tensor, scale: ColourScale, name: str) 
             f"<title>({', '.join(map(str, index))}): {value:.4g}</title></rect>"
         )
         if side >= ROOM_FOR_NUMBERS:
-            said, size = minus(f"{value / scale.unit:.0f}"), min(10, int(0.42 * side))
+            said, size = minus(f"{value / scale.unit:.0f}"), min(9, int(0.4 * side))
             middle = left + side / 2, top + side / 2 + 0.36 * size
             out += text(*middle, said, size=size, colour=scale.ink(value))
     return f'<g class="kernel">{out}</g>'
@@ -303,7 +303,7 @@ def row_label(y: float, lines: list[str]) -> str:
 
 def notes(block: RepBlock, signed: ColourScale, unsigned: ColourScale) -> list[str]:
     """What a reader must know of the numbers."""
-    g, folded = block.geometry, "Every kernel has the norms of its branch folded in"
+    g, folded = block.geometry, "Every kernel has the norms and scales of its branch folded in"
     if block.side_branches:
         folded += f"; all but {block.main} are times λ = {block.rate.item():g}"
     if block.post_norm is not None:
