@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import os
 import warnings
 from collections import Counter
 
@@ -20,9 +21,11 @@ from replib.blocks.repmlp import RepMLP
 from replib.networks import (
     CONVOLUTIONS,
     TRANSPOSED,
+    Flow,
     FlowTracer,
     Record,
     computes_as_its_class,
+    flows,
     in_train_mode,
     is_foldable_norm,
     norm_affine,
@@ -31,7 +34,6 @@ from replib.networks import (
     record,
     replaced,
     tied,
-    traced_parts,
 )
 
 # How other codes deploy their blocks, in the order in which they are tried: a method without
@@ -63,6 +65,27 @@ def deploy_method(module: nn.Module) -> str | None:
 def is_unit(module: nn.Module) -> bool:
     """Whether a module is deployed as one: a block of ours, or of another code."""
     return isinstance(module, RepBlock | RepMLP) or deploy_method(module) is not None
+
+
+def units(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network that are deployed as one, by name.
+
+    A whole network of another code may offer such a method too (timm's RepViT, the YOLO family):
+    then its blocks are deployed one by one, and so can be reported and verified one by one.
+    """
+    if deploy_method(model) is None:
+        return outermost(model, is_unit)
+    inner = {
+        f"{child}.{name}".rstrip("."): unit
+        for child, module in model.named_children()
+        for name, unit in outermost(module, is_unit).items()
+    }
+
+    def within_one(place: Place) -> bool:
+        names = [name for branch in place for name in branch]
+        return any(all(f"{name}.".startswith(f"{unit}.") for name in names) for unit in inner)
+
+    return inner if inner and all(map(within_one, parallel(model))) else {"": model}
 
 
 def deployed_copy(model: nn.Module) -> nn.Module:
@@ -99,7 +122,7 @@ def fuse(model: nn.Module, into: nn.Module | None = None) -> nn.Module:
     """
     fused, report = deployed_copy(model), []
     vars(fused).pop("conversion", None)  # what `convert` did is no part of the deployed network
-    for name, block in outermost(model, is_unit).items():
+    for name, block in units(model).items():
         if deploy_method(block) is None:
             became = type(fused.get_submodule(name)).__name__.replace("RepMLP", "RepMLP, dense")
             report.append(record(name, block, became, "merged"))
@@ -135,9 +158,11 @@ def deploy_foreign(model: nn.Module, name: str, report: list[Record]) -> nn.Modu
     was, now = before.total(), after.total()
     became = type(made).__name__
     report.append(record(name, block, became, f"by its own {method}(): {was} -> {now} modules"))
-    left = [places for graph, part in traced_parts(made) for places in parallel(graph, part)]
+    left = parallel(made)
     if left:
-        raise ValueError(f"{what} still has parallel branches after its {method}(): {left[0]}.")
+        raise ValueError(
+            f"{what} still has parallel branches after its {method}(): {written(left[0])}."
+        )
     if made is block:
         return model
     return replaced(model, {id(block): made})
@@ -193,50 +218,64 @@ def remaining(fused: nn.Module, model: nn.Module, report: list[Record]) -> None:
             report.append(record(name, module, "kept", reason))
         elif "norm" in type(module).__name__.lower():
             report.append(record(name, module, "kept", "a norm that is no constant map"))
-    left = [place for graph, part in traced_parts(fused) for place in parallel(graph, part)]
+    left = parallel(fused)
     if left:
-        text = f"{len(left)} places add parallel convolutions of one input and stay: {left[0]}"
-        warnings.warn(text, stacklevel=3)
-        for place in left:
-            reason = "parallel branches of a class that has no method to merge them"
-            report.append({"name": place, "class": "", "became": "kept", "reason": reason})
+        text = f"{len(left)} places add parallel convolutions of one input and stay"
+        warnings.warn(f"{text}: {written(left[0])}", stacklevel=3)
+    for place in left:
+        reason = "parallel branches of a class that has no method to merge them"
+        report.append({"name": written(place), "class": "", "became": "kept", "reason": reason})
 
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 LINEAR = (*CONVOLUTIONS, nn.Identity, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
-def parallel(graph: fx.Graph, part: nn.Module) -> list[str]:
-    """The sums in a graph that one convolution could be: linear branches of one input."""
-    modules = dict(part.named_modules())
+Place = list[tuple[str, ...]]  # the branches of a sum, each the names of its layers
+
+
+def written(place: Place) -> str:
+    """A sum of branches as text."""
+    return " + ".join(" > ".join(branch) or "its input" for branch in place)
+
+
+def parallel(model: nn.Module) -> list[Place]:
+    """The sums in a network that one convolution could be: linear branches of one input."""
+    return [place for flow in flows(model) for place in parallel_in(flow)]
+
+
+def parallel_in(flow: Flow) -> list[Place]:
+    """The same, of one graph."""
 
     def source(node: fx.Node) -> tuple[fx.Node, tuple[str, ...]]:
         """Where a branch begins, and the linear modules on its way."""
         through: tuple[str, ...] = ()
-        while node.op == "call_module":
-            module = modules[node.target]
+        while (module := flow.module(node)) is not None:
             if not isinstance(module, LINEAR) and not is_foldable_norm(module):
                 break
-            through, node = (node.target, *through), node.args[0]
+            through, node = (flow.prefix + node.target, *through), node.args[0]
         return node, through
 
+    def adds(node: fx.Node) -> bool:
+        return node.op in ("call_function", "call_method") and node.target in ADDITIONS
+
     def terms(node: fx.Node) -> list[fx.Node]:
-        """The summands of a sum of sums."""
-        if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
-            return [term for a in node.args if isinstance(a, fx.Node) for term in terms(a)]
-        return [node]
+        """The summands; of a sum inside it too, where nothing else uses that."""
+        arguments = [a for a in node.args if isinstance(a, fx.Node)]
+        inner = [a for a in arguments if adds(a) and len(a.users) == 1]
+        return [a for a in arguments if a not in inner] + [t for a in inner for t in terms(a)]
 
     found = []
-    for node in graph.nodes:
-        if len(terms(node)) < 2 or any(len(terms(user)) > 1 for user in node.users):
+    for node in flow.graph.nodes:
+        if not adds(node) or (len(node.users) == 1 and adds(next(iter(node.users)))):
             continue
         begin: dict[fx.Node, list[tuple[str, ...]]] = {}
-        for term in terms(node):
-            start, through = source(term)
+        for start, through in map(source, terms(node)):
             begin.setdefault(start, []).append(through)
         for branches in begin.values():
             if len(branches) > 1 and any(branches):
-                found.append(" + ".join(" > ".join(b) or "the input" for b in branches))
+                shared = len(os.path.commonprefix(branches))  # they part after these
+                found.append([branch[shared:] for branch in branches])
     return found
 
 
@@ -246,14 +285,24 @@ def without_our_classes(model: nn.Module) -> nn.Module:
     Raises: ValueError where the control flow of one depends on the data.
     """
     ours = outermost(model, lambda module: type(module).__module__.startswith("replib."))
+    if not ours:
+        return model
     graphs: dict[int, nn.Module] = {}
     for name, module in ours.items():
         try:
-            graphs[id(module)] = fx.symbolic_trace(module).eval()
+            graphs[id(module)] = traced(module)
         except Exception as error:
             what = f"{name or 'the model'} ({type(module).__name__})"
             raise ValueError(f"{what} cannot be traced: {error}") from error
     return replaced(model, graphs)
+
+
+def traced(module: nn.Module) -> fx.GraphModule:
+    """A module as a graph of torch's own layers and functions, that is pickled alone."""
+    graph = fx.Tracer().trace(module)
+    for node in graph.nodes:
+        node.type = None  # an annotation that is a string is not found again
+    return fx.GraphModule(module, graph, type(module).__name__).eval()
 
 
 # -- into a plain network --------------------------------------------------------------------------

@@ -7,8 +7,12 @@ the root, nested, used in several places, inside a larger network.
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -109,16 +113,53 @@ class FlowTracer(fx.Tracer):
         )
 
 
-def traced_parts(model: nn.Module) -> Iterator[tuple[fx.Graph, nn.Module]]:
+@dataclass(frozen=True)
+class Flow:
+    """The graph of a network, or of a part of it, with its modules by the targets of its nodes."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    prefix: str
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """What a node calls, if it calls a module."""
+        return self.modules.get(node.target) if node.op == "call_module" else None
+
+
+def flows(model: nn.Module) -> list[Flow]:
     """The graphs of a network: of the whole, or, where its control flow depends on the data, of
     the largest parts that can be traced."""
+    # A traced module may keep symbols (caches of attention biases do): a copy is traced, which
+    # shares all tensors.
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+    def search(part: nn.Module, prefix: str) -> Iterator[Flow]:
+        try:
+            graph = FlowTracer().trace(part)
+        except Exception:  # whatever a model does when it is run on symbols
+            for name, child in part.named_children():
+                yield from search(child, f"{prefix}{name}.")
+            return
+        original = model.get_submodule(prefix.rstrip("."))
+        yield Flow(graph, dict(original.named_modules(remove_duplicate=False)), prefix)
+
+    with quiet_tracing():
+        return list(search(twin, ""))
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """What fx has to say of a trace that fails is not for our user: a smaller part is tried."""
+    logger = logging.getLogger("torch.fx.proxy")
+    before = logger.disabled
+    logger.disabled = True
     try:
-        graph = FlowTracer().trace(model)
-    except Exception:  # whatever a model does when it is run on symbols
-        for child in model.children():
-            yield from traced_parts(child)
-        return
-    yield graph, model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def norms_after(model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS) -> dict:
@@ -130,21 +171,20 @@ def norms_after(model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS) -> dic
         module for parent in model.modules() for module in parent._modules.values() if module
     )
     found: dict[nn.Module, nn.Module] = {}
-    for graph, part in traced_parts(model):
-        modules = dict(part.named_modules())
-        calls = Counter(modules.get(n.target) for n in graph.nodes if n.op == "call_module")
-        read = {modules.get(n.target.rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
-        for node in graph.nodes:
-            conv = modules.get(node.target) if node.op == "call_module" else None
-            users = list(node.users)
+    for flow in flows(model):
+        nodes = flow.graph.nodes
+        calls = Counter(flow.module(node) for node in nodes)
+        read = {flow.modules.get(n.target.rpartition(".")[0]) for n in nodes if n.op == "get_attr"}
+        for node in nodes:
+            conv, users = flow.module(node), list(node.users)
             if not isinstance(conv, kinds) or len(users) != 1 or conv in read:
                 continue
-            norm = modules.get(users[0].target) if users[0].op == "call_module" else None
+            norm = flow.module(users[0])
+            if norm is None or not is_foldable_norm(norm):
+                continue
             alone = calls[conv] == calls[norm] == 1 and uses[conv] <= 1 and uses[norm] <= 1
-            if norm is not None and alone and is_foldable_norm(norm):
-                channels = getattr(conv, "out_channels", None)
-                if len(norm.running_var) == channels:
-                    found[conv] = norm
+            if alone and len(norm.running_var) == conv.out_channels:
+                found[conv] = norm
     return found
 
 

@@ -7,37 +7,16 @@ import torch
 from torch import nn
 from torchvision import models as vision
 from torchvision.ops import FrozenBatchNorm2d
+from whole import X, error, net, scrambled
 
 from replib import convert, fuse, verify
-from replib.blocks import BLOCKS, RepBlock
+from replib.blocks import RepBlock
 from replib.networks import norms_after, outermost_blocks
-
-X = torch.randn(2, 3, 33, 40, generator=torch.Generator().manual_seed(0))
-RANGES = dict(weight=(0.5, 1.5), bias=(-0.3, 0.3), running_mean=(-0.3, 0.3), running_var=(0.5, 2))
-
-
-def scrambled(model):
-    """Eval mode, with norms that are no identities."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            for name, (low, high) in RANGES.items():
-                tensor = getattr(module, name).data
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-    return model.eval()
-
-
-def net(*layers):
-    return scrambled(nn.Sequential(*layers))
 
 
 def became(model):
     """name -> what became of it."""
     return {entry["name"]: entry["became"] for entry in model.conversion}
-
-
-def error(a, b):
-    return ((a - b).abs().max() / a.abs().max()).item()
 
 
 @pytest.mark.parametrize("block", ["repvgg", "dbb", "acb", "orepa", "dyrep", "qarepvgg"])
@@ -198,53 +177,3 @@ def test_the_original_is_left_alone_and_options_reach_the_family():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         convert(net(nn.Conv2d(3, 8, 3)), *arguments)
-
-
-# -- the proof can fail ----------------------------------------------------------------------------
-def first_conv(model):
-    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-
-
-FAULTS = {
-    "a dropped bias": lambda conv: conv.bias.data.zero_(),
-    "a transposed kernel": lambda conv: conv.weight.data.copy_(conv.weight.data.mT.clone()),
-    "one wrong tap": lambda conv: conv.weight.data[0, 0, 0, 0].add_(1e-3),
-    "not a number": lambda conv: conv.weight.data[0].fill_(float("nan")),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_fused_network_is_seen(fault):
-    model = net(BLOCKS["repvgg"](3, 8), nn.ReLU(), BLOCKS["repvgg"](8, 8))
-    fused = fuse(model)
-    assert verify(model, fused, X).ok
-    FAULTS[fault](first_conv(fused))
-    assert not verify(model, fused, X).ok
-
-
-def test_a_fault_in_one_block_is_named_and_placed(monkeypatch):
-    """A block whose merge forgets the inner padding value is wrong at the border alone."""
-    model = net(BLOCKS["dbb"](3, 8), BLOCKS["repvgg"](8, 8))
-    monkeypatch.setattr("replib.branches.Chain.value_at_zero", lambda self, end: None)
-    proof = verify(model, fuse(model), X)
-    bad = {check.name for check in proof.blocks if not check.ok}
-    (check,) = [check for check in proof.blocks if check.name == "0"]
-    assert bad == {"0"} and check.border > check.allowed >= check.interior
-    assert not proof.ok and str(proof).startswith("NOT EQUAL")
-
-
-def test_verify_refuses_train_mode_and_sees_another_output():
-    model = net(BLOCKS["repvgg"](3, 8))
-    fused = fuse(model)
-    with pytest.raises(ValueError, match="model is in train mode"):
-        verify(copy.deepcopy(model).train(), fused, X)
-    assert not verify(model, nn.Sequential(fused, nn.MaxPool2d(2)).eval(), X).ok
-
-
-def test_the_bound_follows_the_dtype():
-    model = net(BLOCKS["repvgg"](3, 8), nn.ReLU(), BLOCKS["repvgg"](8, 8))
-    half = copy.deepcopy(model).bfloat16()
-    proof = verify(half, fuse(half), X.bfloat16())
-    assert proof.ok and 1e-4 < proof.network.interior < proof.network.allowed < 1
-    single = verify(model, fuse(model), X)
-    assert single.network.allowed < 1e-4 < proof.network.allowed
