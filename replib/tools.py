@@ -41,6 +41,7 @@ from replib.experiments.params import Cell, apply_settings, in_one_line
 from replib.experiments.store import Store
 from replib.fusing import deployed_copy, fold_norms
 from replib.models import build
+from replib.models.repvgg import RepVGGPlus
 from replib.networks import CONVOLUTIONS, TRANSPOSED
 from replib.training.data import DATA, Dataset
 from replib.verification import relative_error, verify
@@ -337,9 +338,12 @@ def test(
 def deployed_form(model: nn.Module, layout: str = "replib") -> nn.Module:
     """A copy with its blocks merged and its norms folded, of the classes that `save_model` knows.
 
-    The deployed networks of the original codes keep the norms that no block holds.
+    The deployed networks of the original codes keep the norms that no block holds; they lose, as
+    ours do, RepVGGplus's classifiers beside, which only training runs.
     """
     deployed = deployed_copy(model)
+    if isinstance(deployed, RepVGGPlus):
+        deployed.auxiliary.clear()
     if layout != "official":
         fold_norms(deployed, [])
     return deployed

@@ -21,13 +21,15 @@ from replib.experiments import cells, executor
 from replib.experiments.cells import trained_model
 from replib.experiments.store import Store
 from replib.models import build
+from replib.models.repvgg import SIZES
 from replib.training import loop
 from replib.training.data import load
 from replib.verification import Check, Verification
 
 torch.set_num_threads(1)
-TRAIN = ["train", "--body", "digits", "--block", "repvgg", "--data", "digits", "--train-images", "80",
-         "--held-out", "20", "--epochs", "3", "--batch-size", "20", "--device", "cpu"]  # fmt: skip
+TRAIN = ["train", "--body", "digits", "--block", "repvgg", "--data", "digits", "--train-images",
+         "80", "--held-out", "20", "--epochs", "3", "--batch-size", "20",
+         "--device", "cpu"]  # fmt: skip
 
 
 def trained_to(path: Path, *more: str) -> list[str]:
@@ -278,6 +280,18 @@ def test_released_files_are_tested_and_deployed(released, pictures, capfd):
     back = pictures.parent / "back.pth"
     assert deployed(ours, back, *arch, "--layout", "official", data=data[1]) == 0
     assert torch.load(back, weights_only=True)["model_state"].keys() == state.keys()
+
+
+def test_classifiers_beside_are_not_deployed(pictures, monkeypatch):
+    monkeypatch.setitem(SIZES, "l2", ((1, 1, 2, 1), (0.125, 0.125, 0.125, 0.0625)))
+    arch, path = "repvggplus_l2pse", pictures.parent / "plus.pth"
+    model = scrambled(build(arch, "repvgg", classes=2, in_channels=3).eval())
+    torch.save(official.export(model, arch), path)
+    assert any("_aux" in key for key in torch.load(path))
+    out = pictures.parent / "deployed.pth"
+    more = ["--arch", arch, "--image-size", "32", "--layout", "official"]
+    assert deployed(path, out, *more, data=str(pictures)) == 0
+    assert not any("_aux" in key for key in torch.load(out))
 
 
 def test_a_converted_network_of_torchvision_is_deployed(pictures, capfd):
