@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import os
 import warnings
 from collections import Counter
+from itertools import takewhile
 
 import torch
 from torch import fx, nn
@@ -274,35 +274,46 @@ def parallel_in(flow: Flow) -> list[Place]:
             begin.setdefault(start, []).append(through)
         for branches in begin.values():
             if len(branches) > 1 and any(branches):
-                shared = len(os.path.commonprefix(branches))  # they part after these
+                same = takewhile(lambda names: len(set(names)) == 1, zip(*branches, strict=False))
+                shared = len(list(same))  # they part after these
                 found.append([branch[shared:] for branch in branches])
     return found
 
 
 def without_our_classes(model: nn.Module) -> nn.Module:
-    """The network with every container of a class of this library as an fx.GraphModule.
+    """The network with every module of a class of this library as an fx.GraphModule.
 
     Raises: ValueError where the control flow of one depends on the data.
     """
-    ours = outermost(model, lambda module: type(module).__module__.startswith("replib."))
-    if not ours:
-        return model
-    graphs: dict[int, nn.Module] = {}
-    for name, module in ours.items():
-        try:
-            graphs[id(module)] = traced(module)
-        except Exception as error:
-            what = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(f"{what} cannot be traced: {error}") from error
-    return replaced(model, graphs)
+    # What was deployed as one stays one, so that it can be compared with its block.
+    for ours in (RepMLP, nn.Module):
+
+        def wanted(module: nn.Module, kind: type = ours) -> bool:
+            return isinstance(module, kind) and type(module).__module__.startswith("replib.")
+
+        found = outermost(model, wanted)
+        graphs = {id(module): traced(name, module) for name, module in found.items()}
+        model = replaced(model, graphs) if graphs else model
+    return model
 
 
-def traced(module: nn.Module) -> fx.GraphModule:
-    """A module as a graph of torch's own layers and functions, that is pickled alone."""
-    graph = fx.Tracer().trace(module)
+class Tracer(fx.Tracer):
+    """A symbolic tracer for which what is traced already is one layer."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, fx.GraphModule) or super().is_leaf_module(module, name)
+
+
+def traced(name: str, module: nn.Module) -> fx.GraphModule:
+    """A module as a graph of torch's own layers and functions, which is pickled alone."""
+    kind = type(module).__name__
+    try:
+        graph = Tracer().trace(module)
+    except Exception as error:
+        raise ValueError(f"{name or 'the model'} ({kind}) cannot be traced: {error}") from error
     for node in graph.nodes:
         node.type = None  # an annotation that is a string is not found again
-    return fx.GraphModule(module, graph, type(module).__name__).eval()
+    return fx.GraphModule(module, graph, kind).eval()
 
 
 # -- into a plain network --------------------------------------------------------------------------

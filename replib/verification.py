@@ -140,7 +140,7 @@ def watched(
 
     hooks, names = [], []
     for name, block in blocks.items():
-        if name and name not in places:
+        if name not in places or type(places[name]) is nn.Module:
             continue  # a container deployed it together with others: seen end to end
         names.append(name)
         hooks.append(block.register_forward_hook(at_block(name)))
