@@ -16,6 +16,7 @@ SOURCES = sorted(ROOT.glob("replib/**/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 LOWER = {  # a part -> the parts it may import, besides itself
     "errors": set(),
+    "machine": set(),
     "kernels": {"errors"},
     "branches": {"kernels"},
     "blocks": {"branches", "kernels"},
@@ -30,9 +31,12 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "methods": {"models", "networks", "blocks", "branches", "kernels"},
     "training": {"fusing"},  # any nn.Module to an nn.Module
     "checkpoint": {"training", "models", "blocks", "branches"},
-    "analysis": {"blocks", "branches", "kernels"},
+    "analysis": {
+        "methods", "training", "machine", "networks", "blocks", "branches", "kernels"
+    },
     "experiments": {
-        "analysis", "checkpoint", "training", "methods", "official", "models", "fusing", "blocks"
+        "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
+        "blocks",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
-import platform
 import re
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replib import machine
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments.params import Cell, Table
@@ -290,6 +285,8 @@ def run_cell(
     if problem:
         say(problem)
     spent = resume["seconds"] if resume else 0.0
+    for _ in resume["progress"]["history"] if resume else ():
+        tick()  # so that the bar begins where the run goes on
 
     def keep(state: dict) -> None:
         store.save(key, "checkpoint", state | {"seconds": spent + time.monotonic() - started})
@@ -383,26 +380,6 @@ def best_of(history: list[dict], name: str) -> dict | None:
     return {"epoch": index, "test_accuracy": history[index]["test_accuracy"]}
 
 
-@functools.lru_cache
-def commit() -> str:
-    """The commit of this code, with "-dirty" where the tree differs from it."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        answer = subprocess.run(command, cwd=home(), capture_output=True, text=True, timeout=10)
-        return answer.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def context(device: str, seconds: float) -> dict:
     """Where and how a cell was run; not part of the hashed result.
 
@@ -412,19 +389,9 @@ def context(device: str, seconds: float) -> dict:
         1 if sys.platform == "darwin" else 1024
     )
     on_gpu = device.startswith("cuda")
-    return {
-        "commit": commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+    return machine.context(device, home(), ("torch", "torchvision", "numpy")) | {
         "precision": "float32",
         "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "wall_seconds": round(seconds, 2),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
         "exit_state": "finished",

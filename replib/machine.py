@@ -1,0 +1,51 @@
+"""What a number was made with and on: the commit, the libraries, the processor, the device."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+@functools.lru_cache
+def commit(folder: Path) -> str:
+    """The commit of the code in a folder, with "-dirty" where the tree differs from it."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        return answer.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def context(device: str, folder: Path, libraries: Sequence[str] = ("torch",)) -> dict:
+    """Where something was computed, as plain data; device is "cpu", "cuda" or "cuda:1"."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "commit": commit(folder),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in libraries},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
