@@ -297,15 +297,13 @@ def without_our_classes(model: nn.Module) -> nn.Module:
     return model
 
 
-class Tracer(fx.Tracer):
-    """A symbolic tracer for which what is traced already is one layer."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, fx.GraphModule) or super().is_leaf_module(module, name)
-
-
 def traced(name: str, module: nn.Module) -> fx.GraphModule:
     """A module as a graph of torch's own layers and functions, which is pickled alone."""
+
+    class Tracer(fx.Tracer):  # a local class: a graph that names its tracer would need us to load
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, fx.GraphModule) or super().is_leaf_module(module, name)
+
     kind = type(module).__name__
     try:
         graph = Tracer().trace(module)
