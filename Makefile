@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup list reports figure lab test test-all check clean
+.PHONY: help setup list reports proofs figure lab test test-all check clean
 
 ## help                 this list
 help:
@@ -17,13 +17,17 @@ help:
 reproduce-%: .venv/ready
 	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
 
-## list                 tables and their profiles
+## list                 tables and their profiles, notebooks
 list: .venv/ready
 	@$(BIN)/python -m replib list
 
 ## reports              render every page that has evidence; trains nothing
 reports: .venv/ready
 	@$(BIN)/python -m replib reports
+
+## proofs               render the proofs and explanations: reports/proof-*.html, why-*.html
+proofs: .venv/ready
+	@$(BIN)/python -m replib proofs
 
 ## figure               draw README's picture again, from the published evidence
 figure: .venv/ready

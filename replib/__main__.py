@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     run = table_command("run", "train the missing cells of a table; no notebook is needed")
-    again = table_command("reproduce", "train what is missing, and leave the report")
+    again = table_command("reproduce", "leave the report of a table or notebook; train for it")
     for command in (run, again):
         command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
         command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     figure = table_command("figure", "draw the gains from the published evidence as a PNG")
     figure.add_argument("--out", type=Path, required=True, help="the file to write")
-    commands.add_parser("list", help="tables, profiles and what they need")
+    commands.add_parser("list", help="tables, profiles and what they need; notebooks")
+    commands.add_parser("proofs", help="render the proofs and explanations; trains no table")
     commands.add_parser("reports", help="render every page that has evidence; trains nothing")
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
     evidence.add_argument("action", choices=("add", "check"))
@@ -202,6 +203,7 @@ def figure(arguments: argparse.Namespace) -> None:
 
 def list_tables(arguments: argparse.Namespace) -> None:
     from replib.experiments.params import load_table
+    from replib.report.notebooks import notebooks
     from replib.report.results import profile_path, profiles
 
     for table, names in profiles().items():
@@ -216,6 +218,15 @@ def list_tables(arguments: argparse.Namespace) -> None:
                 f"{table:<10} {profile:<16} {loaded.cell['data']:<12} {cells:>4} cells   "
                 f"make reproduce-{table} PROFILE={profile}"
             )
+    for name in notebooks():
+        print(f"{name:<27} {'notebook':<25}   make reproduce-{name}")
+
+
+def proofs(arguments: argparse.Namespace) -> None:
+    from replib.report import notebooks, render
+
+    for name in notebooks.proofs():
+        print(render.reproduce(name, "quick", []))
 
 
 def reports(arguments: argparse.Namespace) -> None:
@@ -322,6 +333,7 @@ COMMANDS = {
     "publish": publish,
     "figure": figure,
     "list": list_tables,
+    "proofs": proofs,
     "reports": reports,
     "evidence": evidence,
     "train": train,

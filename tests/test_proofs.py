@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_blocks import scrambled
 
 from replib import branches, kernels
-from replib.analysis import derivations
+from replib.analysis import derivations, multipliers
 from replib.analysis.symbolic import Symbolic, with_symbols
 from replib.blocks import BLOCKS, RepBlock
 from replib.branches import NORM_AT_RESTORE, AveragePool, Chain, Convolution, Filter, Norm, Scale
@@ -50,18 +50,26 @@ def test_the_closed_formula_of_train_mode(norm):
 
 
 def test_the_multipliers_of_single_kernels():
-    assert derivations.gradient_multiplier("sgd", "square").holds
-    assert derivations.gradient_multiplier("adamw", "absolute").holds
+    assert multipliers.one_step("sgd", "square").holds
+    assert multipliers.one_step("adamw", "absolute").holds
 
 
 def test_a_signed_multiplier_is_right_for_positive_scales_only():
-    derived = derivations.gradient_multiplier("adamw", "signed")
+    derived = multipliers.one_step("adamw", "signed")
     assert not derived.holds
     scales = {s for e in derived.pairs["multiplier"][1].values.flat for s in e.free_symbols}
     assert len(scales) == 4
     positive = {s: sympy.Symbol(s.name, positive=True) for s in scales}
     for difference in derived.differences().values():
         assert not difference.with_values(positive).any()
+
+
+def test_single_kernels_stay_with_their_blocks_over_many_steps():
+    assert max(multipliers.distances("sgd", "square", steps=20, seed=0)) < 1e-13
+    # Adam's eps is added to |s| g and to g: not quite the same number.
+    assert max(multipliers.distances("adamw", "absolute", steps=20, seed=0)) < 1e-6
+    for optimizer, power in (("sgd", "none"), ("sgd", "absolute"), ("adamw", "signed")):
+        assert multipliers.distances(optimizer, power, steps=20, seed=0)[-1] > 1e-2
 
 
 def test_zeros_between_the_layers_are_wrong_at_the_border_and_by_how_much():

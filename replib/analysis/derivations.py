@@ -5,8 +5,7 @@ written as sums over pixels) and by the code that replib trains and deploys with
 small; the values are arbitrary.
 
 Sources: Ding et al., "Diverse Branch Block", CVPR 2021, section 3.2 (transforms I to VI); Fei et
-al., "RepAn", CVPR 2024 (inversion and restoration); Ding et al., "Re-parameterizing Your
-Optimizers", ICLR 2023, section 3.2 (gradient multipliers).
+al., "RepAn", CVPR 2024 (inversion and restoration).
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ from typing import Any
 import sympy
 import torch
 import torch.nn.functional as F
-from sympy import Expr
-from sympy.printing.mathml import mathml
 
 from replib import kernels
-from replib.analysis.symbolic import Symbolic, channels, places, with_symbols
+from replib.analysis.symbolic import LONGEST, Symbolic, channels, formula, places, with_symbols
 from replib.blocks import BLOCKS, RepBlock
 from replib.branches import AveragePool, Chain, Convolution, Norm, Sum
 from replib.kernels import Kernel
@@ -55,35 +52,33 @@ class Derivation:
         return not any(self.difference(what).any() for what in self.pairs)
 
     def _repr_html_(self) -> str:
-        """A row per pair: one entry from both sides, and in how many entries they agree."""
+        """Of every pair: where the sides agree, and one entry of both, one below the other."""
         rows = ""
         for what, difference in self.differences().items():
-            place = telling(*self.pairs[what])
-            sides = "".join(f"<td>{formula(side.values[place])}" for side in self.pairs[what])
-            wrong = sum(e != 0 for e in difference.values.flat)
-            verdict = f"0 in all {difference.numel()} entries"
+            everywhere = list(places(difference.shape))
+            wrong = [place for place in everywhere if difference.values[place] != 0]
+            verdict = f"difference 0<br>in all {len(everywhere)} entries"
             if wrong:
-                verdict = f"not 0 in {wrong} of {difference.numel()} entries"
-            rows += f"<tr><td>{what}<br><small>{list(place)}</small>{sides}<td>{verdict}"
-        head = "".join(f"<th>{name}" for name in ("", *self.headings, "difference"))
-        return f'<div class="wide"><table class="formulas"><tr>{head}{rows}</table></div>'
+                verdict = f"<b>difference not 0</b><br>in {len(wrong)} of {len(everywhere)} entries"
+            place = telling(self.pairs[what], wrong or everywhere)
+            formulas = [formula(side.values[place]) for side in self.pairs[what]]
+            shown = dict(zip(self.headings, formulas, strict=True))
+            if formulas[0] == formulas[1]:
+                shown = {"both": formulas[0]}
+            lines = (f"<div><small>{side}</small><br>{f}</div>" for side, f in shown.items())
+            rows += f"<tr><td>{what} at {list(place)}<br><small>{verdict}</small></td>"
+            rows += f"<td>{''.join(lines)}</td></tr>"
+        return f'<div class="wide"><table class="formulas">{rows}</table></div>'
 
 
-def telling(*sides: Symbolic, longest: int = 60) -> tuple[int, ...]:
-    """The place of the richest formula that is still short enough to be read."""
+def telling(sides: tuple[Symbolic, Symbolic], candidates: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The place with the richest formula that is still short enough to be read."""
 
     def operations(place: tuple[int, ...]) -> int:
         most = max(side.values[place].count_ops() for side in sides)
-        return most if most <= longest else -most
+        return most if most <= LONGEST else -most
 
-    return max(places(sides[0].shape), key=operations)
-
-
-def formula(expression: Expr, longest: int = 60) -> str:
-    """MathML, which browsers draw by themselves; of a long one only how long it is."""
-    if expression.count_ops() > longest:
-        return f"<small>(a formula of {expression.count_ops()} operations)</small>"
-    return f"<math>{mathml(expression, printer='presentation')}</math>"
+    return max(candidates, key=operations)
 
 
 # -- DBB's six transforms -------------------------------------------------------------------------
@@ -324,50 +319,3 @@ def in_train_mode(norm: str = "unit", pixels: int = 3) -> Derivation:
     else:
         wanted = predicted_in_train_mode(y, target.bias, block.main_branch[1].norm)
     return Derivation(f"{norm}, in train mode", {"output": (wanted, block.train()(x))})
-
-
-# -- RepOptimizers --------------------------------------------------------------------------------
-def gradient_multiplier(step: str = "sgd", power: str = "square") -> Derivation:
-    """One step of a block with constant scales, against one step of its single kernel.
-
-    step: "sgd", a leaf moves along its gradient; or "adamw", along the sign of it, as in the first
-    step of Adam. Both decay the weights.
-    power: what the multiplier makes of a scale: "square", "absolute", or "signed" (as released
-    for AdamW). The identity has no constant scale: its multiplier is 1.
-    """
-    plain = BLOCKS["csla"](2, 2, 3, dims=1, trainable_scales=False)
-    trained = {n for n, p in plain.named_parameters() if p.requires_grad}
-    block, _ = with_symbols(plain)
-    block.set_rate(1)
-    leaves = {n: p for n, p in block.named_parameters() if n in trained and "branches" in n}
-    weight = block.branches_kernel().weight
-    gradient = Symbolic.named("g", *weight.shape)
-    rate, decay = sympy.symbols("eta delta", positive=True)
-
-    def moved(value, slope):
-        direction = slope if step == "sgd" else slope.each(sympy.sign)
-        return value - (direction + value * decay) * rate
-
-    after = {}
-    for leaf in leaves.values():
-        slopes = leaf.each(lambda e: sum((gradient * weight.each(lambda w: w.diff(e))).values.flat))
-        after |= zip(leaf.values.flat, moved(leaf, slopes).values.flat, strict=True)
-    branches = weight.each(lambda w: w.subs(after, simultaneous=True))
-
-    size = {"square": lambda s: s**2, "absolute": sympy.Abs, "signed": lambda s: s}[power]
-    multiplier = kernels.identity(2, dims=1)
-    for name in ("conv", "1x1"):
-        conv, scale = block.branches[name]
-        ones = Kernel(conv.weight.full_like(1), scale.weight.zeros_like())
-        multiplier = multiplier + kernels.scaled(ones, scale.weight.each(size))
-    direction = gradient if step == "sgd" else gradient.each(sympy.sign)
-    single = weight - (multiplier.weight * direction + weight * decay) * rate
-    derived = (weight - branches - weight * decay * rate) / (direction * rate)
-    return Derivation(
-        f"{step}, {power} multiplier",
-        {
-            "multiplier": (derived.simplified(), multiplier.weight),
-            "kernel after the step": (branches, single),
-        },
-        ("the branches, each leaf by its own gradient", "one kernel, gradient times multiplier"),
-    )

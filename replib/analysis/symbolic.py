@@ -21,6 +21,7 @@ import numpy as np
 import sympy
 import torch
 from sympy import Expr
+from sympy.printing.mathml import mathml
 from torch import Tensor, nn
 
 from replib.blocks import RepBlock
@@ -28,6 +29,7 @@ from replib.branches import BATCH_NORM, Convolution, Scale
 
 Sizes = tuple[int, ...]
 EPSILON = sympy.Symbol("epsilon", positive=True)  # of every norm
+LONGEST = 55  # operations of a formula that is worth showing
 
 
 def exact(value: Any) -> Expr:
@@ -92,7 +94,7 @@ class Symbolic:
         return Symbolic(np.asarray(self.values[index], dtype=object))
 
     def __setitem__(self, index, value) -> None:
-        self.values[index] = entries(value)
+        self.values[index] = entries(value)[()]  # of no axes: the entry itself
 
     def to(self, *args, **kwargs) -> Symbolic:
         return self
@@ -232,6 +234,14 @@ class Symbolic:
 
         return self.each(normal)
 
+    def _repr_html_(self) -> str:
+        """Its formulas in a table, a row for every index but the last."""
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{formula(e)}</td>' for e in row)}</tr>"
+            for row in self.values.reshape(-1, *self.shape[-1:] or (1,))
+        )
+        return f'<div class="wide"><table class="formulas">{rows}</table></div>'
+
     def with_values(self, values: dict[Expr, Any]) -> Symbolic:
         """The symbols replaced."""
         return self.each(lambda e: e.subs(values))
@@ -251,6 +261,13 @@ def lowest_terms(root: Expr) -> Expr:
     """sqrt(a / b) as sqrt(a) / sqrt(b), which is the same where a / b is positive."""
     above, below = sympy.fraction(sympy.together(sympy.cancel(sympy.expand(root.base))))
     return sympy.expand(above) ** root.exp / sympy.factor(below) ** root.exp
+
+
+def formula(expression: Expr) -> str:
+    """MathML, which browsers draw by themselves; of a long formula only its length."""
+    if expression.count_ops() > LONGEST:
+        return f"<small>({expression.count_ops()} operations, too long to show)</small>"
+    return f'<math displaystyle="true">{mathml(expression, printer="presentation")}</math>'
 
 
 def places(shape: Iterable[int]) -> Iterable[Sizes]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from replib.errors import UserError
 from replib.experiments.params import load_table
 from replib.experiments.store import home
+from replib.report.notebooks import changed, notebooks, title
 from replib.report.results import profile_path, profiles
 from replib.training.checkpoint import write_bytes
 
@@ -45,8 +46,8 @@ def quiet_kernel(log: Path) -> type:
     return QuietKernelManager
 
 
-def execute(table: str, profile: str, settings: list[str]) -> Path:
-    """Run the table's notebook with these parameters; returns the executed copy.
+def execute(name: str, parameters: dict, copy: str) -> Path:
+    """Run a notebook with these parameters; returns the executed copy, named `copy`.
 
     Raises: UserError where a cell fails by a user's mistake; the copy is kept for reading.
     """
@@ -54,10 +55,10 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    source = home() / "notebooks" / f"{table}.ipynb"
+    source = home() / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
-        raise UserError(f"{table} has no notebook ({source}).")
-    out = home() / "reports" / "runs" / "notebooks" / f"{table}-{profile}.ipynb"
+        raise UserError(f"{name} has no notebook ({source}).")
+    out = home() / "reports" / "runs" / "notebooks" / f"{copy}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ.copy()
     os.environ["REPLIB_HOME"] = str(home())
@@ -66,7 +67,7 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
         papermill.execute_notebook(
             str(source),
             str(out),
-            parameters={"profile": profile, "settings": settings},
+            parameters=parameters,
             kernel_name="python3",
             cwd=str(home()),
             progress_bar=False,
@@ -97,8 +98,11 @@ def execute(table: str, profile: str, settings: list[str]) -> Path:
     return out
 
 
-def to_html(notebook: Path, page: Path, title: str) -> None:
-    """Write the page: one file, no scripts, nothing requested from anywhere."""
+def to_html(notebook: Path, page: Path, title: str, code: str = "folded") -> None:
+    """Write the page: one file, no scripts, nothing requested from anywhere.
+
+    code: "folded" away below what it made, or "shown" above it.
+    """
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
@@ -109,7 +113,7 @@ def to_html(notebook: Path, page: Path, title: str) -> None:
     exporter = HTMLExporter(
         config=config, template_name="replib", extra_template_basedirs=[str(TEMPLATES)]
     )
-    body, _ = exporter.from_filename(str(notebook))
+    body, _ = exporter.from_filename(str(notebook), resources={"code": code})
     made = f"{datetime.now():%Y-%m-%d %H:%M}"
     write_bytes(page, shell("page.html.j2", title=title, body=body, made=made).encode())
 
@@ -120,23 +124,40 @@ def shell(template: str, **values) -> str:
     return environment.get_template(template).render(**values)
 
 
-def reproduce(table: str, profile: str, settings: list[str]) -> Path:
-    """Check the parameters, execute the notebook, write the page and the index."""
+def reproduce(name: str, profile: str, settings: list[str]) -> Path:
+    """The page of a table's profile, or of a notebook that belongs to no table; and the index."""
+    if name in notebooks():
+        return render_notebook(name, profile, settings)
+    if name not in profiles():
+        raise UserError(
+            f"no table or notebook {name!r}; there are {', '.join([*profiles(), *notebooks()])}."
+        )
     # Mistakes in parameters are found here, before papermill sees them.
-    loaded = load_table(profile_path(table, profile), settings)
-    notebook = execute(table, profile, settings)
-    page = home() / "reports" / f"{table}-{profile}.html"
+    loaded = load_table(profile_path(name, profile), settings)
+    parameters = {"profile": profile, "settings": settings}
+    notebook = execute(name, parameters, f"{name}-{profile}")
+    page = home() / "reports" / f"{name}-{profile}.html"
     to_html(notebook, page, loaded.title)
     index()
     return page
 
 
+def render_notebook(name: str, profile: str, settings: list[str]) -> Path:
+    """Execute a notebook that stands for itself, and write its page, with its code."""
+    if profile != "quick":  # what `make` hands over when nothing is said
+        raise UserError(f"profile (={profile!r}): {name} has none; change a parameter by SET.")
+    notebook = execute(name, changed(name, settings), name)
+    page = home() / "reports" / f"{name}.html"
+    to_html(notebook, page, title(name), code="shown")
+    index()
+    return page
+
+
 def index() -> Path:
-    """Write reports/index.html: every profile of every table, and the pages that exist."""
-    rows = []
+    """Write reports/index.html: tables with their profiles, notebooks, the pages that exist."""
+    rows, others = [], []
     for table, names in profiles().items():
         for profile in names:
-            page = home() / "reports" / f"{table}-{profile}.html"
             row = {"table": table, "profile": profile, "title": "", "data": "", "seeds": ""}
             try:
                 loaded = load_table(profile_path(table, profile))
@@ -147,10 +168,20 @@ def index() -> Path:
                 }
             except UserError as error:  # one bad file must not hide the others
                 row["title"] = str(error)
-            if page.is_file():
-                made = datetime.fromtimestamp(page.stat().st_mtime)
-                row |= {"page": page.name, "made": f"{made:%Y-%m-%d %H:%M}"}
-            rows.append(row | {"command": f"make reproduce-{table} PROFILE={profile}"})
+            command = f"make reproduce-{table} PROFILE={profile}"
+            rows.append(row | {"command": command} | page_of(f"{table}-{profile}"))
+    for name in notebooks():
+        row = {"name": name, "title": title(name), "command": f"make reproduce-{name}"}
+        others.append(row | page_of(name))
     out = home() / "reports" / "index.html"
-    write_bytes(out, shell("index.html.j2", title="Reports", rows=rows).encode())
+    write_bytes(out, shell("index.html.j2", title="Reports", rows=rows, others=others).encode())
     return out
+
+
+def page_of(name: str) -> dict[str, str]:
+    """The page of that name and when it was made, where it exists."""
+    page = home() / "reports" / f"{name}.html"
+    if not page.is_file():
+        return {}
+    made = datetime.fromtimestamp(page.stat().st_mtime)
+    return {"page": page.name, "made": f"{made:%Y-%m-%d %H:%M}"}

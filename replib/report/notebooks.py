@@ -1,0 +1,67 @@
+"""Notebooks that stand for themselves: no folder in params/, all they need in one tagged cell."""
+
+from __future__ import annotations
+
+import ast
+import json
+from fnmatch import fnmatch
+
+from replib.errors import UserError
+from replib.experiments.params import apply_settings
+from replib.experiments.store import home
+from replib.report.results import profiles
+
+PROOFS = ("proof-*", "why-*")  # what `make proofs` runs
+
+
+def notebooks() -> list[str]:
+    """The names of the notebooks that belong to no table."""
+    names = {path.stem for path in (home() / "notebooks").glob("*.ipynb")}
+    return sorted(names - profiles().keys())
+
+
+def proofs() -> list[str]:
+    """Those of them that prove or explain."""
+    return [name for name in notebooks() if any(fnmatch(name, pattern) for pattern in PROOFS)]
+
+
+def cells(name: str, kind: str) -> list[tuple[list[str], str]]:
+    """(tags, source) of every cell of a kind, "code" or "markdown"."""
+    path = home() / "notebooks" / f"{name}.ipynb"
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [
+        (cell["metadata"].get("tags", []), "".join(cell["source"]))
+        for cell in found
+        if cell["cell_type"] == kind
+    ]
+
+
+def title(name: str) -> str:
+    """The first heading."""
+    lines = (line for _, source in cells(name, "markdown") for line in source.splitlines())
+    return next((line.lstrip("# ") for line in lines if line.startswith("# ")), name)
+
+
+def parameters(name: str) -> dict:
+    """The names and values of the cell tagged `parameters`."""
+    tagged = [source for tags, source in cells(name, "code") if "parameters" in tags]
+    body = ast.parse("\n".join(tagged)).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in body}
+
+
+def changed(name: str, settings: list[str]) -> dict:
+    """What `--set key=value` changes, as papermill takes it.
+
+    Raises: UserError for a name that the notebook does not have, or a value of another type.
+    """
+    known, given = parameters(name), apply_settings({}, settings)
+    for key, value in given.items():
+        if key not in known:
+            have = ", ".join(known) or "none"
+            raise UserError(f"{name} has no parameter {key!r}; its parameters: {have}.")
+        wanted = type(known[key])
+        if wanted is float and type(value) is int:
+            given[key] = value = float(value)
+        if type(value) is not wanted:
+            raise UserError(f"{key} (={value!r}) must be of type {wanted.__name__}.")
+    return given
