@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 from whole import X, net
 
@@ -57,3 +58,183 @@ def test_the_bound_follows_the_dtype():
     assert proof.ok and 1e-4 < proof.network.interior < proof.network.allowed < 1
     single = verify(model, fuse(model), X)
     assert single.network.allowed < 1e-4 < proof.network.allowed
+
+
+def test_a_folded_norm_belongs_to_its_convolution():
+    """Plain pairs are compared too, with the norm that was folded, and a wrong one is named."""
+    model = net(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), BLOCKS["repvgg"](8, 8))
+    fused = fuse(model)
+    assert [check.name for check in verify(model, fused, X).blocks] == ["0", "2"]
+    fused[0].bias.data[3] += 0.01
+    proof = verify(model, fused, X)
+    assert [check.name for check in proof.blocks if not check.ok] == ["0"]
+
+
+def test_a_block_behind_a_kept_norm_is_compared_with_it():
+    model = net(BLOCKS["dbb"](3, 8), nn.BatchNorm2d(8), nn.ReLU())
+    fused = fuse(model)
+    assert isinstance(fused[1], nn.Identity) and verify(model, fused, X).ok
+    unfolded = nn.Sequential(model[0].deploy(), nn.Identity(), nn.ReLU()).eval()
+    assert not verify(model, unfolded, X).ok, "the norm is gone and folded nowhere"
+
+
+class Idle(nn.Module):
+    """It has a block that its forward never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = BLOCKS["repvgg"](3, 8), BLOCKS["repvgg"](3, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_block_that_is_never_reached_is_no_proof():
+    model = Idle().eval()
+    proof = verify(model, fuse(model), X)
+    assert not proof.ok and proof.network.ok and "never reached: idle" in str(proof)
+
+
+def test_of_several_calls_the_worst_counts():
+    """A shared block whose error shows in its second call only."""
+    block = BLOCKS["repvgg"](3, 3)
+    model = net(block, nn.ReLU(), block)
+    fused = fuse(model)
+    first = fused[0].weight.data.clone()
+    calls = []
+
+    def swap(module, inputs):
+        calls.append(1)
+        module.weight.data.copy_(first if len(calls) % 2 else first * 1.01)
+
+    fused[0].register_forward_pre_hook(swap)
+    (check,) = verify(model, fused, X).blocks
+    assert not check.ok
+
+
+class Outputs(nn.Module):
+    def __init__(self, change=lambda outputs: outputs):
+        super().__init__()
+        self.block, self.change = BLOCKS["repvgg"](3, 4), change
+
+    def forward(self, x):
+        y = self.block(x)
+        return self.change({"a": y, "b": [y.mean(), y.argmax()]})
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda out: out, True),
+        (lambda out: out | {"b": [out["b"][0] * 1.01, out["b"][1]]}, False),
+        (lambda out: {"a": out["a"]}, False),
+        (lambda out: out | {"a": out["a"][..., :-1]}, False),
+        (lambda out: {}, False),
+    ],
+)
+def test_structured_outputs(change, same):
+    model = Outputs().eval()
+    fused = fuse(model)
+    fused.change = change
+    assert verify(model, fused, X).ok is same
+
+
+def found(boxes, scores, labels):
+    return {"boxes": boxes, "scores": scores, "labels": labels}
+
+
+class Detections(nn.Module):
+    """Boxes at the corners of a grid, scored by a block: ranking them is not continuous."""
+
+    def __init__(self, change=lambda image: image):
+        super().__init__()
+        self.block, self.change = BLOCKS["repvgg"](3, 1), change
+
+    def forward(self, images):
+        out = []
+        for image in images:
+            scores, order = self.block(image[None]).flatten().sigmoid().sort(descending=True)
+            corner = torch.stack([order % 7, order // 7], 1).to(scores)
+            boxes = torch.cat([corner * 8, corner * 8 + 12], 1)
+            out.append(self.change(found(boxes[:40], scores[:40], order[:40] % 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda image: image, True),
+        (lambda image: {k: v.flip(0) for k, v in image.items()}, True),  # in another order
+        (lambda image: image | {"boxes": image["boxes"] + 1}, False),
+        (lambda image: image | {"scores": image["scores"] * 1.1}, False),
+        (lambda image: image | {"labels": image["labels"] + 1}, False),
+        (lambda image: {k: v[:20] for k, v in image.items()}, False),
+        (lambda image: {k: torch.cat([v, v]) for k, v in image.items()}, False),
+    ],
+)
+def test_detections_are_matched_by_what_they_say(change, same):
+    model = Detections().eval()
+    fused = fuse(model)
+    fused.change = change
+    images = [torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    proof = verify(model, fused, (images,))
+    assert proof.network.ok is same and "80 detections" in str(proof)
+    assert not verify(model, lambda_net(lambda images: fused(images)[:1]), (images,)).network.ok
+
+
+def lambda_net(function):
+    """A module that is a function."""
+
+    class Net(nn.Module):
+        def forward(self, *arguments):
+            return function(*arguments)
+
+    return Net().eval()
+
+
+def test_nothing_detected_is_no_proof():
+    model = Detections(lambda image: {k: v[:0] for k, v in image.items()}).eval()
+    proof = verify(model, fuse(model), ([X[0, :, :7, :9]],))
+    assert not proof.ok and "verify in float64" in str(proof)
+
+
+def test_a_network_that_loses_much_itself_is_allowed_as_much():
+    """Differences of nearly equal maps: float32 is poor in both forms, and that is said."""
+
+    class Cancelling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = BLOCKS["repvgg"](3, 3)
+
+        def forward(self, x):
+            y = self.block(x)
+            return (y + 1e4) - 1e4
+
+    model = Cancelling().eval()
+    fused = fuse(model)
+    proof = verify(model, fused, X)
+    assert proof.ok and "the network itself is" in str(proof) and proof.network.allowed < 0.01
+    first = next(module for module in fused.modules() if isinstance(module, nn.Conv2d))
+    first.bias.data += 0.1
+    assert not verify(model, fused, X).network.ok
+
+
+def test_border_and_interior_follow_the_geometry():
+    """With a stride the last output may see no padding."""
+    block = BLOCKS["repvgg"](3, 4, kernel_size=3, stride=2, padding=1).eval()
+    x = torch.randn(1, 3, 8, 9)  # rows: 4 outputs, the last sees none; columns: 5, it sees some
+    fused = fuse(block)
+    wrong = copy.deepcopy(fused)
+
+    def shift(at):
+        def hook(module, inputs, output):
+            output[at] += 1
+            return output
+
+        handle = wrong.register_forward_hook(hook)
+        (check,) = verify(block, wrong, x).blocks
+        handle.remove()
+        return check.border > check.allowed, check.interior > check.allowed
+
+    assert shift((0, 0, 0, 2)) == (True, False) and shift((0, 0, 2, 4)) == (True, False)
+    assert shift((0, 0, 3, 2)) == (False, True) and shift((0, 0, 1, 1)) == (False, True)
