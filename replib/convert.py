@@ -27,6 +27,7 @@ from replib.networks import (
 )
 
 Where = str | type | Callable[[str, nn.Module], bool]
+FROZEN = "; its frozen statistics will move in training, keep_norm=True leaves them"
 
 
 def convert(
@@ -75,7 +76,8 @@ def convert(
         report.append(record(name, conv, block))
         if norm is not None:
             others[id(norm)] = nn.Identity().train(norm.training)
-            report.append(record(names[norm], norm, "Identity", f"absorbed by {name}"))
+            moves = "" if isinstance(norm, nn.modules.batchnorm._BatchNorm) else FROZEN
+            report.append(record(names[norm], norm, "Identity", f"absorbed by {name}{moves}"))
     if not others:
         reasons = Counter(entry["reason"] for entry in report)
         why = "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common(3))
@@ -118,6 +120,8 @@ def block_for(
         **options,
     )
     block = block.to(weight.device, weight.dtype).train(conv.training)
+    if not weight.requires_grad:  # a frozen layer stays one
+        block.requires_grad_(False)
     if init == "preserve":
         bias = torch.zeros_like(weight[:, 0].flatten(1)[:, 0]) if conv.bias is None else conv.bias
         kernel = Kernel(weight, bias, conv.groups, conv.dilation).to(torch.float64)

@@ -143,6 +143,41 @@ def test_padding_is_kept(mode, padding):
     assert verify(converted, fuse(converted), X).ok
 
 
+class UNet(nn.Module):
+    """Down, up by a transposed convolution, a skip connection and one convolution used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.up, self.norm = nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8)
+        self.out = nn.Conv2d(11, 11, 3, padding=1)
+
+    def forward(self, x):
+        y = torch.cat([x, self.norm(self.up(self.down(x)))], 1)
+        return self.out(self.out(y).relu())
+
+
+def test_a_unet():
+    """Skips, a transposed convolution, whose norm is folded, and a shared block."""
+    torch.manual_seed(0)
+    model, x = scrambled(UNet()), X[..., :32, :]
+    converted = convert(model, "dbb")
+    assert became(converted) == {"down.0": "dbb", "down.1": "Identity", "up": "kept", "out": "dbb"}
+    fused = fuse(converted)
+    assert error(model(x), fused(x)) < 1e-5 and verify(converted, fused, x).ok
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+def test_what_was_frozen_stays_frozen_or_is_named():
+    model = net(nn.Conv2d(3, 8, 3, bias=False), FrozenBatchNorm2d(8), nn.Conv2d(8, 8, 3))
+    model[2].requires_grad_(False)
+    converted = convert(model, "dbb")
+    assert all(p.requires_grad for p in converted[0].parameters())
+    assert not any(p.requires_grad for p in converted[2].parameters())
+    (note,) = [e["reason"] for e in converted.conversion if e["became"] == "Identity"]
+    assert "keep_norm=True" in note
+
+
 def test_what_cannot_be_converted_is_listed_with_its_reason():
     model = net(nn.Conv2d(3, 8, 4, padding="same"), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     converted = convert(model, "repvgg")
