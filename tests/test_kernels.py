@@ -164,6 +164,111 @@ def test_a_small_kernel_adds_at_the_centre_of_a_large_one(geometry, margin, fact
     torch.testing.assert_close(kernels.convolve(x, a + b, padding), apart, **EXACT)
 
 
+def per_axis(low, high, dims):
+    """A number of its own for every axis."""
+    return st.tuples(*[st.integers(low, high)] * dims)
+
+
+@st.composite
+def kernels_between(draw, i, o, dims, most=3, seed=0):
+    """A kernel from i to o channels of any groups, odd sizes, and dilations up to `most`."""
+    groups = draw(st.sampled_from([g for g in (1, 2, 4) if i % g == o % g == 0]))
+    size = draw(st.tuples(*[st.sampled_from([1, 3])] * dims))
+    dilation = draw(per_axis(1, most, dims))
+    weight, bias = random(o, i // groups, *size, seed=seed), random(o, seed=seed + 1)
+    return Kernel(weight, bias, groups, dilation)
+
+
+def extent(kernel):
+    """The pixels that one output sees, per axis."""
+    return [(k - 1) * d + 1 for k, d in zip(kernel.size, kernel.dilation, strict=True)]
+
+
+def looped(x, kernel, padding, stride):
+    """A kernel applied by plain loops."""
+    x, weight, bias = (value.numpy() for value in (x, kernel.weight, kernel.bias))
+    form = stride, padding, kernel.dilation, kernel.groups
+    return torch.from_numpy(reference.convolve(x, weight, bias, *form))
+
+
+@st.composite
+def placed(draw, kernel, least=0):
+    """A small image that the kernel fits in, a padding and a stride."""
+    padding, stride = (draw(per_axis(low, high, kernel.dims)) for low, high in ((least, 2), (1, 3)))
+    space = [e + draw(st.integers(-2 * least, 3)) for e in extent(kernel)]
+    return random(1, kernel.in_channels, *space, seed=9), padding, stride
+
+
+@quick
+@given(st.data(), st.integers(1, 3))
+def test_stride_padding_and_dilation_belong_to_their_axis(data, dims):
+    kernel = data.draw(kernels_between(2, 4, dims))
+    x, padding, stride = data.draw(placed(kernel, least=-1))
+    ours = kernels.convolve(x, kernel, padding, stride)
+    torch.testing.assert_close(ours, looped(x, kernel, padding, stride), **EXACT)
+
+
+@quick
+@given(st.data(), st.integers(1, 3))
+def test_a_dilated_kernel_is_a_larger_one_with_zeros(data, dims):
+    kernel = data.draw(kernels_between(2, 4, dims))
+    ours = kernels.resized(kernel, tuple(extent(kernel)), (1,) * dims)
+    close(ours.weight, reference.spread(kernel.weight.numpy(), kernel.dilation))
+
+
+@quick
+@given(st.data(), st.integers(1, 2))
+def test_a_sum_of_any_kernels_is_the_sum_of_what_they_compute(data, dims):
+    """Of other sizes, dilations and groups, each cropped to its place; by plain loops."""
+    a, b = (data.draw(kernels_between(4, 4, dims, seed=seed)) for seed in (0, 2))
+    both = a + b
+    x, padding, stride = data.draw(placed(both))
+
+    def alone(kernel):
+        axes = zip(padding, extent(both), extent(kernel), strict=True)
+        return looped(x, kernel, [p - (big - e) // 2 for p, big, e in axes], stride)
+
+    ours = kernels.convolve(x, both, padding, stride)
+    torch.testing.assert_close(ours, alone(a) + alone(b), **EXACT)
+
+
+@quick
+@given(st.data(), st.integers(1, 2))
+def test_any_two_kernels_and_a_norm_in_a_row(data, dims):
+    """The padding before the first one, the stride in the second one; by plain loops."""
+    first = data.draw(kernels_between(2, 4, dims, most=2))
+    second = data.draw(kernels_between(4, 2, dims, most=2, seed=2))
+    factor, shift = random(2, seed=4), random(2, seed=5)
+    one = kernels.scaled(kernels.composed(first, second), factor, shift)
+    x, padding, stride = data.draw(placed(one))
+    nothing, unit = (0,) * dims, (1,) * dims
+    y = looped(looped(x, first, padding, unit), second, nothing, stride)
+    y = y * factor.view(-1, *unit) + shift.view(-1, *unit)
+    torch.testing.assert_close(kernels.convolve(x, one, padding, stride), y, **EXACT)
+
+
+@quick
+@given(st.data(), st.integers(1, 2))
+def test_kernels_form_an_algebra(data, dims):
+    """Composition is associative, and distributes over sums where the other has no bias."""
+    channels = (2, 4), (4, 4), (4, 2), (4, 4)
+    a, b, c, d = (
+        data.draw(kernels_between(*between, dims, most=2, seed=seed))
+        for seed, between in enumerate(channels)
+    )
+    silent = Kernel(c.weight, torch.zeros_like(c.bias), c.groups, c.dilation)
+    for ours, theirs in (
+        (kernels.composed(kernels.composed(a, b), c), kernels.composed(a, kernels.composed(b, c))),
+        (kernels.composed(a, b + d), kernels.composed(a, b) + kernels.composed(a, d)),
+        (
+            kernels.composed(b + d, silent),
+            kernels.composed(b, silent) + kernels.composed(d, silent),
+        ),
+    ):
+        nothing = ours - theirs
+        assert nothing.weight.abs().max() < 1e-12 and nothing.bias.abs().max() < 1e-12
+
+
 def test_dilated_kernels_meet_in_their_common_dilation():
     a = Kernel(random(2, 2, 3), random(2), 1, (4,))
     b = Kernel(random(2, 2, 3, seed=1), random(2), 1, (6,))
