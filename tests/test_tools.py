@@ -107,7 +107,7 @@ def test_train_is_a_cell_that_is_trained_once(project, in_process, capfd, monkey
     assert len(epochs) == 6 and contents(path) == first
 
 
-def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkeypatch):
+def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkeypatch, capfd):
     path, epochs = project.folder / "net.safetensors", []
     real_cell, real_epoch = executor.run_cell, loop.train_epoch
 
@@ -124,6 +124,7 @@ def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkey
         assert main(trained_to(path)) == 130
     assert not path.exists() and len(epochs) == 3
     assert main(trained_to(path)) == 0
+    assert "3/3" in capfd.readouterr().out
     assert len(epochs) == 4  # two were checkpointed
     assert contents(path) == contents(network)
 
