@@ -78,8 +78,10 @@ def network_commands(commands) -> None:
         "train",
         "train one network: a cell of a table, so it can be killed and goes on by the same command",
     )
-    train.add_argument("--body", required=True, help="a key of replib.models.BODIES")
-    train.add_argument("--block", help="a key of replib.BLOCKS (repvgg)")
+    train.add_argument(
+        "--body", required=True, help="cifar_repvgg_a1, resnet18, ...; an unknown name lists all"
+    )
+    train.add_argument("--block", help="repvgg; dbb, acb, ...; an unknown name lists all")
     for name, kind, text in (
         ("epochs", int, "20; of each of --set phases=N"),
         ("batch-size", int, "128"),

@@ -7,6 +7,7 @@ take what it writes, and the released files of `replib.official`.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ from replib.experiments.executor import device_here, run_plan
 from replib.experiments.params import Cell, apply_settings, in_one_line
 from replib.experiments.store import Store
 from replib.fusing import deployed_copy, fold_norms
-from replib.models import build
+from replib.models import BODIES, build
 from replib.models.repvgg import RepVGGPlus
 from replib.networks import CONVOLUTIONS, TRANSPOSED
 from replib.training.data import DATA, Dataset
@@ -198,6 +199,8 @@ def plan_of(values: dict, store: Store) -> Plan:
         cell = Cell.model_validate(values)
         with torch.device("meta"):  # shapes only: nothing is drawn or stored
             build(cell.body, cell.block, classes=10, in_channels=3)
+        if "block" in values and "block" not in inspect.signature(BODIES[cell.body]).parameters:
+            raise ValueError("this body has plain layers only, leave --block out")
     except ValidationError as error:
         raise in_one_line(error, "train") from None
     except ValueError as error:

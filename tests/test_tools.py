@@ -382,6 +382,7 @@ BAD_TRAININGS = {
     "no such data": (["--data", "mnist"], ["--data (='mnist')", "cifar100", "image folder"]),
     "no image folder": (["--data", "imagefolder"], ["data_dir is missing"]),
     "a body that has no such block": (["--block", "orepa_1x1"], ["block=orepa_1x1"]),
+    "a body that has no blocks": (["--body", "cifar_resnet110"], ["block=repvgg", "leave --block"]),
     "a key that is none": (["--set", "epoch=3"], ["epoch (=3)", "perhaps epochs is meant"]),
     "a key twice": (["--set", "flip=true", "--set", "flip=true"], ["flip is set twice"]),
     "no number": (["--epochs", "many"], ["--epochs", "many"]),
