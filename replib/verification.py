@@ -91,62 +91,92 @@ def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
     exact = copy.deepcopy(model).double()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     checks: dict[str, Check] = {}
-    hooks, names = watched(exact, fused, dtype, checks)
+    watch = Watch(exact, fused, dtype, checks)
     with torch.autocast(arguments_device(arguments), enabled=False):
         wanted = exact(*in_double(arguments))
-    for hook in hooks:
-        hook.remove()
+        apart = [name for name in watch.blocks if name not in checks and watch.alone(name)]
+    watch.end()
     got, itself = fused(*arguments), model(*arguments)
-    network, notes = end_to_end(got, itself, wanted, allowed(dtype, len(names)))
-    unseen = [name for name in names if name not in checks]
+    network, notes = end_to_end(got, itself, wanted, allowed(dtype, len(watch.blocks)))
+    if apart:
+        notes.append(f"not reached by this input, compared alone: {', '.join(apart)}")
+    unseen = [name for name in watch.blocks if name not in checks]
     return Verification(network, list(checks.values()), unseen, notes)
 
 
-def watched(
-    exact: nn.Module, fused: nn.Module, dtype: torch.dtype, checks: dict[str, Check]
-) -> tuple[list, list[str]]:
+class Watch:
     """Hooks that compare every block of the float64 network with its deployed layer."""
-    places, ours = dict(fused.named_modules()), {m: n for n, m in exact.named_modules()}
-    folded = {
-        block: norm
-        for block, norm in norms_after(exact, HOLDERS).items()
-        if isinstance(places.get(ours[norm]), nn.Identity) or ours[norm] not in places
-    }
-    known = set(units(exact).values())
-    blocks = outermost(exact, lambda module: module in folded or module in known)
-    inputs: dict[nn.Module, list[Tensor]] = {block: [] for block in blocks.values()}
 
-    def compare(name: str, block: nn.Module, x: Tensor, output: Tensor) -> None:
-        got = places[name](x.to(dtype))
-        check = compared(name, got.double(), output, places[name], x, allowed(dtype, 1))
-        before = checks.get(name)
-        if before is None or not check.error <= before.error:  # of several calls, the worst
-            checks[name] = check
+    def __init__(
+        self, exact: nn.Module, fused: nn.Module, dtype: torch.dtype, checks: dict[str, Check]
+    ):
+        self.dtype, self.checks = dtype, checks
+        self.places, names = dict(fused.named_modules()), {m: n for n, m in exact.named_modules()}
+        self.folded = {
+            block: norm
+            for block, norm in norms_after(exact, HOLDERS).items()
+            if isinstance(self.places.get(names[norm]), nn.Identity)
+            or names[norm] not in self.places
+        }
+        known = set(units(exact).values())
+        found = outermost(exact, lambda module: module in self.folded or module in known)
+        # What a container deployed together with others has no place of its own: it is seen end
+        # to end.
+        self.blocks = {
+            name: block
+            for name, block in found.items()
+            if type(self.places.get(name, nn.Module())) is not nn.Module
+        }
+        self.inputs: dict[nn.Module, list[Tensor]] = {block: [] for block in self.blocks.values()}
+        self.hooks = []
+        for name, block in self.blocks.items():
+            self.hooks.append(block.register_forward_hook(self.at_block(name)))
+            if block in self.folded:
+                norm = self.folded[block]
+                self.hooks.append(norm.register_forward_hook(self.at_norm(name, block)))
 
-    def at_block(name: str):
+    def at_block(self, name: str):
         def hook(block: nn.Module, arguments: tuple, output: Tensor) -> None:
-            if block in folded:
-                inputs[block].append(arguments[0])
+            if block in self.folded:
+                self.inputs[block].append(arguments[0])
             else:
-                compare(name, block, arguments[0], output)
+                self.compare(name, arguments[0], output)
 
         return hook
 
-    def at_norm(name: str, block: nn.Module):
+    def at_norm(self, name: str, block: nn.Module):
         def hook(norm: nn.Module, arguments: tuple, output: Tensor) -> None:
-            compare(name, block, inputs[block].pop(), output)
+            self.compare(name, self.inputs[block].pop(), output)
 
         return hook
 
-    hooks, names = [], []
-    for name, block in blocks.items():
-        if name not in places or type(places[name]) is nn.Module:
-            continue  # a container deployed it together with others: seen end to end
-        names.append(name)
-        hooks.append(block.register_forward_hook(at_block(name)))
-        if block in folded:
-            hooks.append(folded[block].register_forward_hook(at_norm(name, block)))
-    return hooks, names
+    def compare(self, name: str, x: Tensor, wanted: Tensor) -> None:
+        """A deployed layer on the input of its block; of several calls the worst counts."""
+        layer = self.places[name]
+        got = layer(x.to(self.dtype)).double()
+        check = compared(name, got, wanted, layer, x, allowed(self.dtype, 1))
+        before = self.checks.get(name)
+        if before is None or not check.error <= before.error:
+            self.checks[name] = check
+
+    def alone(self, name: str) -> bool:
+        """Run a block that was not reached (a head for training only) on noise, if that can be."""
+        block, layer = self.blocks[name], self.places[name]
+        if not isinstance(layer, CONVOLUTIONS):
+            return False
+        reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        shape = (2, layer.in_channels, *(2 * size + 3 for size in reach))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        out = block(noise.to(layer.weight.device))
+        if block in self.folded:
+            self.folded[block](out)
+        return True
+
+    def end(self) -> None:
+        """Take the hooks away."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def allowed(dtype: torch.dtype, depth: int) -> float:

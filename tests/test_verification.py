@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from whole import X, net
+from whole import X, net, scrambled
 
 from replib import fuse, verify
 from replib.blocks import BLOCKS
@@ -89,9 +89,26 @@ class Idle(nn.Module):
         return self.used(x)
 
 
-def test_a_block_that_is_never_reached_is_no_proof():
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_a_block_that_is_never_reached_is_compared_alone(keep_norm):
+    """Such as a head that is used in training only."""
+    model = Idle()
+    if keep_norm:
+        model.idle = nn.Sequential(model.idle, nn.BatchNorm2d(8), nn.ReLU())
+    model = scrambled(model)
+    fused = fuse(model)
+    proof = verify(model, fused, X)
+    assert proof.ok and "compared alone: idle" in str(proof) and len(proof.blocks) == 2
+    next(m for m in fused.idle.modules() if isinstance(m, nn.Conv2d)).bias.data[0] += 0.01
+    proof = verify(model, fused, X)
+    assert proof.network.ok and not proof.ok
+
+
+def test_a_block_that_cannot_be_compared_is_no_proof():
     model = Idle().eval()
-    proof = verify(model, fuse(model), X)
+    fused = fuse(model)
+    fused.idle = nn.Sequential(fused.idle).eval()
+    proof = verify(model, fused, X)
     assert not proof.ok and proof.network.ok and "never reached: idle" in str(proof)
 
 
