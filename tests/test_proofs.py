@@ -1,5 +1,7 @@
 """The derivations hold for all values; with a fault planted they do not; blocks against loops."""
 
+import math
+
 import numpy as np
 import pytest
 import reference
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from test_blocks import scrambled
 
 from replib import branches, kernels
-from replib.analysis import derivations, multipliers
+from replib.analysis import derivations, multipliers, symbolic
 from replib.analysis.symbolic import Symbolic, with_symbols
 from replib.blocks import BLOCKS, RepBlock
 from replib.branches import NORM_AT_RESTORE, AveragePool, Chain, Convolution, Filter, Norm, Scale
@@ -180,7 +182,7 @@ OPERATIONS = {  # of tensors or of symbols; every option that replib uses
     "pad": lambda x, w, b: F.pad(x, (1, 2, 0, 3)) + F.pad(x, (1, 2, 0, 3), value=0.5),
     "einsum": lambda x, w, b: torch.einsum("nchw,oijk,o->noc", x, w, b),
     "cat": lambda x, w, b: torch.cat([x, x[:, 1:]], 1),
-    "addcmul": lambda x, w, b: torch.addcmul(x, x, x),
+    "addcmul": lambda x, w, b: torch.addcmul(x, x + 1, x - 2),
 }
 
 
@@ -190,6 +192,20 @@ def test_an_operation_on_symbols_is_that_of_torch(name):
     ours = OPERATIONS[name](*(Symbolic(value) for value in (X, W, B)))
     theirs = OPERATIONS[name](X.clone(), W.clone(), B.clone())
     torch.testing.assert_close(ours.numbers({}), theirs, **EXACT)
+
+
+def test_numbers_enter_as_the_fractions_that_they_stand_for():
+    assert symbolic.exact(0.1) == sympy.Rational(1, 10)
+    assert symbolic.exact(1 / 9) == sympy.Rational(1, 9)
+    for value in (math.cos(1), 0.1 + 0.2, 1e-9):
+        assert symbolic.exact(value).is_Rational and float(symbolic.exact(value)) == value
+
+
+def test_an_operation_without_a_meaning_is_refused():
+    with pytest.raises(NotImplementedError, match="cumsum has no meaning for symbols"):
+        torch.cumsum(Symbolic.named("x", 2), 0)
+    with pytest.raises(NotImplementedError, match="'reflect'"):
+        F.pad(Symbolic.named("x", 1, 1, 4), (1, 1), "reflect")
 
 
 @pytest.mark.parametrize("family", BLOCKS)

@@ -74,7 +74,12 @@ class Symbolic:
         """torch.f(...) with a symbol among its arguments: one of `MEANINGS`, or our method f."""
         name = function.__name__
         args = [cls(value) if isinstance(value, Tensor) else value for value in args]
-        return (MEANINGS.get(name) or getattr(cls, name))(*args, **kwargs or {})
+        meaning = MEANINGS.get(name) or getattr(cls, name, None)
+        if meaning is None:
+            raise NotImplementedError(
+                f"{name} has no meaning for symbols; {__name__} gives it one."
+            )
+        return meaning(*args, **kwargs or {})
 
     # -- form -------------------------------------------------------------------------------------
     @property
@@ -225,10 +230,9 @@ class Symbolic:
         def normal(e: Expr) -> Expr:
             e = sympy.expand(e)
             if e.has(sympy.Abs, sympy.sign) or any(map(is_root, e.atoms(sympy.Pow))):
-                e = e.replace(is_root, lowest_terms).replace(sympy.Abs, lambda a: a * sympy.sign(a))
-                e = e.replace(
-                    sympy.sign, lambda a: sympy.Mul(*map(sympy.sign, a.as_ordered_factors()))
-                )
+                e = e.replace(is_root, lowest_terms)
+                e = e.replace(sympy.Abs, lambda a: a * sympy.sign(a))
+                e = e.replace(sympy.sign, sign_by_factors)
                 e = sympy.expand(e)
             return e
 
@@ -261,6 +265,11 @@ def lowest_terms(root: Expr) -> Expr:
     """sqrt(a / b) as sqrt(a) / sqrt(b), which is the same where a / b is positive."""
     above, below = sympy.fraction(sympy.together(sympy.cancel(sympy.expand(root.base))))
     return sympy.expand(above) ** root.exp / sympy.factor(below) ** root.exp
+
+
+def sign_by_factors(e: Expr) -> Expr:
+    """The sign of a product as the product of the signs."""
+    return sympy.Mul(*map(sympy.sign, e.as_ordered_factors()))
 
 
 def formula(expression: Expr) -> str:
