@@ -235,9 +235,7 @@ def test_statements_are_computed():
     same, *_, end = precision.statements(
         invented((0.5, 2.0), **{"branches": (1.0, 4.0), "merged in its precision": (0.6, 2.0)})
     )
-    assert same.startswith(
-        "**float16** (u = 0.00049): one block merged, 0.5 u from the exact result"
-    )
+    assert same.startswith("float16 (u = 0.00049): one block merged, 0.5 u from the exact result")
     assert "0.50 times as far as its branches" in same and "1.20 times as far as that" in same
     assert "grows 2.00 times per block, a nudge of the input alone 2.00 times" in end
     assert end.endswith("merging adds nothing to that.")
@@ -284,7 +282,7 @@ main(["--out", {str(out)!r}, "--families", "convbn", "--depths", "1", "--network
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["context"]["commit"] == "abc"
-    assert "**float32**" in done.stdout
+    assert "float32 (u = 6e-08): one block merged" in done.stdout
 
 
 FORBIDDEN = {

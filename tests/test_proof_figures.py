@@ -1,5 +1,7 @@
 """What the figures of the proofs draw are the numbers that were measured."""
 
+from html import escape
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,7 @@ def test_the_dots_by_family_are_the_first_errors(measured):
 
 def test_published_measurements_are_found_by_their_device(measured, project):
     assert proof_figures.published_precision() == {}
+    assert proof_figures.published().data == "<p>None.</p>"
     folder = project.folder / "reports" / "measurements"
     on_gpu = measured | {"context": measured["context"] | {"device": "a GPU"}}
     precision.write(folder / "precision-a-gpu.json", on_gpu)
@@ -59,6 +62,10 @@ def test_published_measurements_are_found_by_their_device(measured, project):
         "a GPU": on_gpu,
         measured["context"]["processor"]: measured,
     }
+    page = proof_figures.published().data
+    assert page.index("<b>a GPU</b>, commit") < page.index(escape(measured["context"]["processor"]))
+    sentences = precision.statements(measured)
+    assert page.count("<li>") == 2 * len(sentences) and escape(sentences[-1]) in page
 
 
 def history():

@@ -283,7 +283,7 @@ def by_family(measurement: dict) -> list[dict]:
 
 
 def statements(measurement: dict) -> list[str]:
-    """What a measurement says, in Markdown; every number and every verdict is computed from it."""
+    """What a measurement says; every number and every verdict is computed from it."""
     found = {(line["precision"], line["way"]): line for line in summary(measurement)}
     depths = measurement["rows"][0]["depth"]
     measured = [name for name in PRECISIONS if (name, "merged") in found]
@@ -320,7 +320,7 @@ def of_precision(name: str, found: dict[tuple[str, str], dict], depths: Sequence
     if (name, "merged on the device") in found:
         there = found[name, "merged on the device"]["first"] / once["first"]
         parts.append(f"merged in float64 on the device, {times(there)} that")
-    text = f"**{name}** (u = {roundoff:.2g}): {block_count(depths[0])} merged, " + "; ".join(parts)
+    text = f"{name} (u = {roundoff:.2g}): {block_count(depths[0])} merged, " + "; ".join(parts)
     if once["last"] * roundoff > 0.01:
         share = 100 * once["last"] * roundoff
         text += f". Behind {block_count(depths[-1])} the error is {share:.0f} % of the output"

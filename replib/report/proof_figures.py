@@ -1,9 +1,12 @@
-"""Figures of the notebooks that prove and explain: measurements in, Figure out."""
+"""What the notebook on precision shows: measurements in, figures and lists out."""
 
 from __future__ import annotations
 
+from html import escape
+
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from replib.analysis import precision
@@ -29,6 +32,22 @@ def device_name(measurement: dict) -> str:
     """The GPU's name, or the processor's."""
     context = measurement["context"]
     return context["processor"] if context["device"] == "cpu" else context["device"]
+
+
+def said(measurement: dict) -> HTML:
+    """The statements of a measurement, as a list."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in precision.statements(measurement))
+    return HTML(f"<ul>{items}</ul>")
+
+
+def published() -> HTML:
+    """The statements of every published measurement, with its device and commit."""
+    parts = []
+    for name, measurement in published_precision().items():
+        commit = measurement["context"]["commit"]
+        parts.append(f"<p><b>{escape(name)}</b>, commit {escape(commit)}:</p>")
+        parts.append(said(measurement).data)
+    return HTML("".join(parts) or "<p>None.</p>")
 
 
 def columns(measurements: list[dict]) -> list[str]:
