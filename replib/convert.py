@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from replib.networks import (
     replaced,
     tied,
     unique_modules,
+    without_norm,
 )
 
 Where = str | type | Callable[[str, nn.Module], bool]
@@ -75,9 +77,10 @@ def convert(
             continue
         report.append(record(name, conv, block))
         if norm is not None:
-            others[id(norm)] = nn.Identity().train(norm.training)
+            others[id(norm)] = rest = copy.deepcopy(without_norm(norm))
             moves = "" if isinstance(norm, nn.modules.batchnorm._BatchNorm) else FROZEN
-            report.append(record(names[norm], norm, "Identity", f"absorbed by {name}{moves}"))
+            reason = f"absorbed by {name}{moves}"
+            report.append(record(names[norm], norm, type(rest).__name__, reason))
     if not others:
         reasons = Counter(entry["reason"] for entry in report)
         why = "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common(3))

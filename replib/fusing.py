@@ -34,6 +34,7 @@ from replib.networks import (
     record,
     replaced,
     tied,
+    without_norm,
 )
 
 # How other codes deploy their blocks, in the order in which they are tried: a method without
@@ -182,8 +183,10 @@ def fold_norms(model: nn.Module, report: list[Record]) -> None:
         if reason is None:
             factor, shift = norm_affine(norm)
             fold(conv, factor, shift)
-            model.set_submodule(names[norm], nn.Identity().train(norm.training))
-            report.append(record(names[norm], norm, "Identity", f"folded into {names[conv]}"))
+            rest = without_norm(norm)
+            model.set_submodule(names[norm], rest)
+            reason = f"folded into {names[conv]}"
+            report.append(record(names[norm], norm, type(rest).__name__, reason))
         else:
             report.append(record(names[norm], norm, "kept", f"{names[conv]}: {reason}"))
 

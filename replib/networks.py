@@ -81,15 +81,28 @@ def in_train_mode(model: nn.Module) -> list[str]:
 
 
 # -- norms -----------------------------------------------------------------------------------------
+PLAIN_NORM = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+LIKE_NORM = (  # the same map under other classes
+    "FrozenBatchNorm2d",  # torchvision, detectron2
+    "BatchNormAct2d",  # timm: a batch norm, then its `act`
+)
+
+
 def is_foldable_norm(module: nn.Module) -> bool:
-    """A batch norm with running statistics: torch's, SyncBatchNorm, or a frozen one."""
+    """A batch norm with running statistics: torch's, SyncBatchNorm, a frozen one, timm's.
+
+    A subclass with a forward of its own is another map.
+    """
     known = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    # torchvision's and detectron2's are the same map under other classes; timm's with an
-    # activation inside is a subclass with a forward of its own.
-    frozen = type(module).__name__ == "FrozenBatchNorm2d"
-    plain = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-    known = known and type(module).forward in plain
-    return (known or frozen) and getattr(module, "running_var", None) is not None
+    known = known and type(module).forward in PLAIN_NORM
+    like = type(module).__name__ in LIKE_NORM
+    return (known or like) and getattr(module, "running_var", None) is not None
+
+
+def without_norm(norm: nn.Module) -> nn.Module:
+    """What stands in the place of a norm that another layer has taken over."""
+    act = getattr(norm, "act", None)
+    return act if isinstance(act, nn.Module) else nn.Identity().train(norm.training)
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

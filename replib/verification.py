@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from replib.blocks import RepBlock
 from replib.fusing import units
-from replib.networks import CONVOLUTIONS, TRANSPOSED, in_train_mode, norms_after, outermost
+from replib.networks import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    in_train_mode,
+    is_foldable_norm,
+    norms_after,
+    outermost,
+    without_norm,
+)
 
 HOLDERS = (RepBlock, *CONVOLUTIONS, *TRANSPOSED)  # what a norm may be folded into
 
@@ -115,8 +123,7 @@ class Watch:
         self.folded = {
             block: norm
             for block, norm in norms_after(exact, HOLDERS).items()
-            if isinstance(self.places.get(names[norm]), nn.Identity)
-            or names[norm] not in self.places
+            if not is_foldable_norm(self.places.get(names[norm], nn.Identity()))
         }
         known = set(units(exact).values())
         found = outermost(exact, lambda module: module in self.folded or module in known)
@@ -153,7 +160,10 @@ class Watch:
     def compare(self, name: str, x: Tensor, wanted: Tensor) -> None:
         """A deployed layer on the input of its block; of several calls the worst counts."""
         layer = self.places[name]
-        got = layer(x.to(self.dtype)).double()
+        got = layer(x.to(self.dtype))
+        if self.blocks[name] in self.folded:
+            got = without_norm(self.folded[self.blocks[name]])(got)
+        got = got.double()
         check = compared(name, got, wanted, layer, x, allowed(self.dtype, 1))
         before = self.checks.get(name)
         if before is None or not check.error <= before.error:

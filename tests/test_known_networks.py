@@ -17,7 +17,7 @@ X = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
 def proved(model, fused, x):
-    """The proof holds, every block was reached, and one wrong tap of one layer breaks it."""
+    """The proof holds, every block was reached, and a wrong tap of one layer breaks it."""
     proof = verify(model, fused, x)
     assert proof.ok, str(proof)
     wrong = copy.deepcopy(fused)
@@ -25,7 +25,7 @@ def proved(model, fused, x):
     places = [check.name for check in proof.blocks]
     place = places[len(places) // 2]
     conv = next(m for m in layers[place].modules() if isinstance(m, nn.Conv2d))
-    conv.weight.data[0].flatten()[0] += conv.weight.data[0].abs().max() * 0.01
+    conv.weight.data[:, 0, 0, 0] += conv.weight.data.abs().max() * 0.01
     caught = verify(model, wrong, x)
     assert not caught.ok and [check.name for check in caught.blocks if not check.ok] == [place]
     return proof
@@ -107,9 +107,9 @@ def test_segmentation():
     [
         ("repvgg_a0", 22),
         ("mobileone_s1", 43),
-        ("fastvit_t8", 20),
+        ("fastvit_t8", 30),
         ("repvit_m1", 84),
-        ("repghostnet_050", 47),
+        ("repghostnet_050", 48),
         ("efficientvit_m0", 113),
     ],
 )
