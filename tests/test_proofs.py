@@ -93,6 +93,11 @@ def eps_outside_the_root(self, dtype=torch.float64):
     return factor, layer.bias - layer.running_mean * factor
 
 
+def one_bias(self, other):
+    a, b = kernels.alike(self, other)
+    return Kernel(a.weight + b.weight, a.bias, a.groups, a.dilation)
+
+
 def zeros_between(self, end):
     return None
 
@@ -145,6 +150,7 @@ def without_rate(self, main, side):
 
 FAULTS = {  # what is replaced, by what, and the derivation that must notice
     "eps outside the root": (Norm, "affine", eps_outside_the_root, derivations.TRANSFORMS["I"]),
+    "one bias": (Kernel, "__add__", one_bias, derivations.TRANSFORMS["II"]),
     "zeros between": (Chain, "value_at_zero", zeros_between, derivations.TRANSFORMS["III"]),
     "dropped bias": (kernels, "composed", dropped_bias, lambda: derivations.merged("dbb")),
     "unflipped": (kernels, "composed", unflipped, lambda: derivations.merged("expandnet")),
