@@ -12,6 +12,14 @@ from replib.blocks import BLOCKS
 from replib.report import notebooks, render
 
 PROOFS = sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb") if "-" in path.stem)
+
+
+def shown(kind, content):
+    """An output of a cell, as IPython's display objects leave it."""
+    data = {kind: content, "text/plain": "<IPython object>"}
+    return {"output_type": "display_data", "data": data, "metadata": {}}
+
+
 SMALL = {
     "cells": [
         {"cell_type": "markdown", "id": "t", "metadata": {}, "source": ["# One <b>proof</b>\n"]},
@@ -28,7 +36,11 @@ SMALL = {
             "id": "c",
             "execution_count": 1,
             "metadata": {},
-            "outputs": [{"output_type": "stream", "name": "stdout", "text": ["nine 9\n"]}],
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["nine 9\n"]},
+                shown("image/svg+xml", "<svg id='drawn'></svg>"),
+                shown("text/markdown", "*leaning*"),
+            ],
             "source": ["print('nine', size**2)  # the code"],
         },
     ],
@@ -71,6 +83,9 @@ def test_a_page_shows_the_code_before_what_it_made(small, unexecuted, capfd):
     assert capfd.readouterr().out == f"The report: {page}\n" and unexecuted == [{}]
     words = "".join(offline(page).text)
     assert words.index("size = 3") < words.index("# the code") < words.index("nine 9")
+    html = page.read_text(encoding="utf-8")
+    assert "<svg id='drawn'>" in html and "<em>leaning</em>" in html
+    assert "IPython object" not in words
     assert page.name in offline(page.with_name("index.html")).all("href")
 
 
