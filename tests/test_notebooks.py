@@ -84,7 +84,7 @@ def test_a_page_shows_the_code_before_what_it_made(small, unexecuted, capfd):
     words = "".join(offline(page).text)
     assert words.index("size = 3") < words.index("# the code") < words.index("nine 9")
     html = page.read_text(encoding="utf-8")
-    assert "<svg id='drawn'>" in html and "<em>leaning</em>" in html
+    assert '<svg id="drawn">' in html and "<em>leaning</em>" in html
     assert "IPython object" not in words
     assert page.name in offline(page.with_name("index.html")).all("href")
 
