@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -81,9 +82,14 @@ class Piece(nn.Module):
         device = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
         return self.act(kernels.identity(self.in_channels, self.dims, dtype=dtype, device=device))
 
+    @property
+    def shifts(self) -> bool:
+        """Whether a zero input may become something else: by the structure, whatever the values."""
+        return False
+
     def at_constant(self, value: Tensor | None) -> Tensor | None:
         """What a constant input (per channel; None is 0) becomes; None is 0 again."""
-        if value is None and not self.kernel().bias.any():
+        if value is None and not self.shifts:
             return None
         kernel = self.kernel(torch.float64)
         value = torch.zeros(self.in_channels).to(kernel.bias) if value is None else value.double()
@@ -167,6 +173,10 @@ class Convolution(Piece):
     def carries_bias(self) -> bool:
         return self.bias is not None
 
+    @property
+    def shifts(self) -> bool:
+        return self.bias is not None
+
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that is convolved with: the stored one, plus the identity for an offset."""
         weight = self.weight.to(dtype)
@@ -197,9 +207,6 @@ class Convolution(Piece):
         weight = self.effective_weight(dtype)
         bias = weight.new_zeros(self.out_channels) if self.bias is None else self.bias.to(dtype)
         return Kernel(weight, bias, self.groups, self.dilation)
-
-    def at_constant(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None and self.bias is None else super().at_constant(value)
 
     def put(self, kernel: Kernel, norm: str = "keep", stats: Statistics | None = None) -> None:
         kernel = kernels.resized(
@@ -255,7 +262,7 @@ class Norm(PointwisePiece):
     It wraps the layer, so that converting it to SyncBatchNorm keeps the tree.
     """
 
-    carries_bias = True
+    carries_bias = shifts = True
 
     def __init__(self, channels: int, dims: int, *, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -349,7 +356,8 @@ class Scale(PointwisePiece):
         self.weight = nn.Parameter(torch.full((channels,), initial), requires_grad=trainable)
 
     def apply_to(self, x: Tensor) -> Tensor:
-        return x * self.weight.view((-1,) + (1,) * self.dims)
+        # Under autocast the factor is float32; the map stays what it is, as behind a norm.
+        return (x * self.weight.view((-1,) + (1,) * self.dims)).to(x.dtype)
 
     def act(self, kernel: Kernel) -> Kernel:
         return kernels.scaled(kernel, self.weight.to(kernel.weight.dtype))
@@ -408,7 +416,9 @@ class AveragePool(Filter):
         )
         if not plain or min(padding) < 0:
             return kernels.convolve(x, self.kernel(x.dtype), padding, stride)
-        return AVERAGE_POOL[self.dims](x, size, stride, padding)
+        # In 3-D a processor knows no lower precision, and autocast gives float32.
+        wide = x.float() if self.dims == 3 and x.is_cpu and x.dtype.itemsize < 4 else x
+        return AVERAGE_POOL[self.dims](wide, size, stride, padding).to(x.dtype)
 
 
 class Chain(nn.Sequential, Piece):
@@ -477,6 +487,10 @@ class Chain(nn.Sequential, Piece):
         return value
 
     @property
+    def shifts(self) -> bool:
+        return any(piece.shifts for piece in self)
+
+    @property
     def carries_bias(self) -> bool:
         return any(piece.carries_bias for piece in self)
 
@@ -495,13 +509,14 @@ class Chain(nn.Sequential, Piece):
 
 
 def padded_with(x: Tensor, padding: Sizes, value: Tensor) -> Tensor:
-    """x with a border of `value` per channel; the gradient of the border is not followed."""
-    shape = [s + 2 * p for s, p in zip(x.shape[2:], padding, strict=True)]
-    border = value.to(x.dtype).view((1, -1) + (1,) * len(padding))
-    out = border.expand(len(x), -1, *shape).clone(memory_format=torch.contiguous_format)
-    inside = tuple(slice(p, p + s) for p, s in zip(padding, x.shape[2:], strict=True))
-    out[(..., *inside)] = x
-    return out
+    """x with a border of `value` per channel; the gradient of the border is not followed.
+
+    In the memory format of x. The border is added to the zeros of an ordinary padding, which is
+    exact: a number plus 0 is that number.
+    """
+    amounts = [amount for p in reversed(padding) for amount in (p, p)]
+    frame = F.pad(x.new_zeros(x.shape[2:]), amounts, value=1.0)
+    return F.pad(x, amounts).add_(frame * value.to(x.dtype).view((-1,) + (1,) * len(padding)))
 
 
 class Sum(Piece):
@@ -547,7 +562,8 @@ class Sum(Piece):
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         if self.squeezed:
-            with torch.autocast(x.device.type, enabled=False):  # a kernel is made in full precision
+            # A kernel is made in full precision; meta tensors have no autocast to turn off.
+            with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
                 kernel = self.branches_kernel(next(self.parameters()).dtype)
             return kernels.convolve(x, kernel, padding, stride)
 
@@ -570,6 +586,10 @@ class Sum(Piece):
         """The side branches as one kernel, before any rate; None where there is none."""
         sides = [branch.kernel(dtype) for branch in self.side_branches.values()]
         return reduce(add, sides) if sides else None
+
+    @property
+    def shifts(self) -> bool:
+        return any(branch.shifts for branch in self.branches.values())
 
     @property
     def carries_bias(self) -> bool:

@@ -32,6 +32,7 @@ from replib.branches import (
 )
 from replib.kernels import Kernel
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -209,6 +210,10 @@ class RepBlock(Sum):
         out = super().run(x, padding, stride)
         return out if self.post_norm is None else self.post_norm(out)
 
+    @property
+    def shifts(self) -> bool:
+        return self.post_norm is not None or super().shifts
+
     def weighted(self, main: Tensor, side: Tensor) -> Tensor:
         return torch.addcmul(main, side, self.rate.to(side.dtype))  # one pass over the map
 
@@ -218,7 +223,10 @@ class RepBlock(Sum):
         main, side = self.main_branch.kernel(dtype), self.side_kernel(dtype)
         if side is None:
             return main
-        return main + side * (self.rate.to(dtype) if rate is None else rate)
+        rate = self.rate if rate is None else torch.as_tensor(rate, dtype=dtype)
+        rate = rate.to(self.rate.device, dtype)
+        # A factor per channel, since torch.compile fails at a Kernel times a tensor.
+        return main + kernels.scaled(side, rate.expand(side.out_channels))
 
     def kernel(self, dtype: torch.dtype = torch.float64, rate: float | None = None) -> Kernel:
         """The whole block as one kernel in `dtype`; `rate` replaces lambda."""
@@ -240,7 +248,10 @@ class RepBlock(Sum):
 
     @torch.no_grad()
     def deploy(self) -> nn.Module:
-        """A new plain convolution with bias that computes what this block does in eval mode."""
+        """A new plain convolution with bias that computes what this block does in eval mode.
+
+        On the device, in the dtype and in the memory format of the block.
+        """
         g, kernel = self.geometry, self.merged()
         with torch.random.fork_rng(devices=[]):  # its initialisation is overwritten at once
             conv = PLAIN[g.dims](
@@ -254,6 +265,9 @@ class RepBlock(Sum):
                 padding_mode=self.padding_mode,
                 dtype=kernel.weight.dtype,
             ).to(kernel.weight.device)
+        spread = any(not p.is_contiguous() for p in self.parameters())  # channels come last
+        if spread and g.dims in CHANNELS_LAST:
+            conv = conv.to(memory_format=CHANNELS_LAST[g.dims])
         conv.weight.copy_(kernel.weight)
         conv.bias.copy_(kernel.bias)
         return conv.train(self.training)

@@ -61,7 +61,7 @@ class RepMLP(nn.Module):
         windows = x.view(n, c, a, self.h, b, self.w).permute(0, 2, 4, 1, 3, 5)
         out = self.window_map(windows.reshape(-1, self.sets, self.h, self.w))
         if self.official_order:
-            out = out.view(n, a, b, c, self.h, self.w)  # released: set and window change places
+            out = out.reshape(n, a, b, c, self.h, self.w)  # released: set and window change places
             out = out.reshape(-1, a, b, self.sets, self.h, self.w).permute(0, 3, 1, 4, 2, 5)
         else:
             out = out.view(n, a, b, q, self.sets, self.h, self.w).permute(0, 3, 4, 1, 5, 2, 6)
@@ -84,13 +84,12 @@ class RepMLP(nn.Module):
         Folded in float64, in the dtype of the module.
         """
         dtype, pixels = self.dense.weight.dtype, self.h * self.w
-        dense = Kernel(
-            self.dense.weight.double(),
-            self.dense.weight.new_zeros(len(self.dense.weight), dtype=torch.float64),
-            self.sets,
-        )
-        factor, shift = (v.repeat_interleave(pixels) for v in self.norm.affine())
-        total = kernels.scaled(dense, factor, shift)
+        weight, bias = self.dense.weight.double(), self.dense.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+        total = Kernel(weight, bias, self.sets)
+        if isinstance(self.norm, Norm):  # it is an identity in the deployed form
+            factor, shift = (v.repeat_interleave(pixels) for v in self.norm.affine())
+            total = kernels.scaled(total, factor, shift)
         images = torch.eye(pixels).to(total.weight).view(pixels, 1, self.h, self.w)
         images = images.expand(-1, self.sets, -1, -1)
         for chain, k in self.local_sizes():
