@@ -13,6 +13,7 @@ from torch import nn
 from replib import kernels
 from replib.blocks import BLOCKS, RepBlock
 from replib.branches import Norm
+from replib.fusing import deploy_method, units
 from replib.kernels import Kernel
 from replib.networks import (
     CONVOLUTIONS,
@@ -59,13 +60,17 @@ def convert(
         raise ValueError(f"init (={init!r}) must be 'preserve' or 'paper'.")
     family = BLOCKS[block]
     wanted = chooser(where, family)
-    norms = {} if keep_norm else norms_after(model)
+    norms = {} if keep_norm else norms_after(model, modes=(False, True))
+    foreign = {m: (n, u) for n, u in units(model).items() if deploy_method(u) for m in u.modules()}
     names = {module: name for name, module in model.named_modules()}
     others: dict[int, nn.Module] = {}
     report: list[Record] = []
     for name, conv in unique_modules(model, (*CONVOLUTIONS, *TRANSPOSED)):
         reason = None if wanted(name, conv) else "not chosen by `where`"
         reason = reason or computes_as_its_class(conv) or tied(model, conv)
+        place, unit = foreign.get(conv, ("", None))
+        if reason is None and place:
+            reason = f"part of {place} ({type(unit).__name__}), which deploys itself"
         norm = norms.get(conv)
         if reason is None:
             try:
@@ -123,7 +128,10 @@ def block_for(
         **options,
     )
     block = block.to(weight.device, weight.dtype).train(conv.training)
-    if not weight.requires_grad:  # a frozen layer stays one
+    trained = weight.requires_grad or (
+        norm is not None and any(parameter.requires_grad for parameter in norm.parameters())
+    )
+    if not trained:  # a frozen layer stays one
         block.requires_grad_(False)
     if init == "preserve":
         bias = torch.zeros_like(weight[:, 0].flatten(1)[:, 0]) if conv.bias is None else conv.bias

@@ -31,6 +31,7 @@ from replib.networks import (
     norm_affine,
     norms_after,
     outermost,
+    outermost_blocks,
     record,
     replaced,
     tied,
@@ -51,14 +52,14 @@ METHODS = (
 
 def deploy_method(module: nn.Module) -> str | None:
     """The method by which a block of another code deploys itself, if it has one."""
-    if type(module).__module__.startswith(("torch.", "replib.")):
+    ours = type(module).__module__.startswith(("torch.", "replib.")) or outermost_blocks(module)
+    if ours or not any(True for _ in module.parameters()):
         return None
     for name in METHODS:
         method = getattr(type(module), name, None)
         if callable(method):
             own = list(inspect.signature(method).parameters.values())[1:]
-            variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-            if all(p.default is not p.empty or p.kind in variadic for p in own):
+            if all(p.default is not p.empty for p in own):
                 return name
     return None
 
@@ -121,6 +122,8 @@ def fuse(model: nn.Module, into: nn.Module | None = None) -> nn.Module:
     branches afterwards; where `into` does not fit. Warns where parallel convolutions of one input
     belong to no block that is known, and so stay.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a scripted or traced module cannot be opened: fuse it before scripting.")
     fused, report = deployed_copy(model), []
     vars(fused).pop("conversion", None)  # what `convert` did is no part of the deployed network
     for name, block in units(model).items():
@@ -129,7 +132,7 @@ def fuse(model: nn.Module, into: nn.Module | None = None) -> nn.Module:
             report.append(record(name, block, became, "merged"))
         else:
             fused = deploy_foreign(fused, name, report)
-    fold_norms(fused, report)
+    fused = fold_norms(fused, report)
     remaining(fused, model, report)
     fused = without_our_classes(fused)
     fused.fusion = report
@@ -141,7 +144,7 @@ def deploy_foreign(model: nn.Module, name: str, report: list[Record]) -> nn.Modu
     block = model.get_submodule(name)
     method, before = deploy_method(block), class_counts(block)
     what = f"{name or 'the model'} ({type(block).__name__})"
-    dtype = next((p.dtype for p in block.parameters()), None)
+    dtype = next(block.parameters()).dtype
     try:
         made = getattr(block, method)()
     except Exception as error:
@@ -151,7 +154,9 @@ def deploy_foreign(model: nn.Module, name: str, report: list[Record]) -> nn.Modu
     made = made if isinstance(made, nn.Module) else block
     if getattr(made, "deploy", None) is False:
         made.deploy = True  # some released blocks forget it, and would use their old branches
-    made = made.to(dtype).eval().requires_grad_(next(block.parameters()).requires_grad)
+    if made is not block:  # some are made anew in float32, and in train mode
+        made = made.to(dtype)
+    made = made.eval()
     after = class_counts(made)
     if made is block and after == before:
         report.append(record(name, block, "kept", f"its {method}() changed nothing"))
@@ -175,20 +180,23 @@ def class_counts(model: nn.Module) -> Counter[str]:
 
 
 # -- norms -----------------------------------------------------------------------------------------
-def fold_norms(model: nn.Module, report: list[Record]) -> None:
-    """Write every norm that alone consumes a convolution's output into it, in place."""
-    names = {module: name for name, module in model.named_modules()}
+def fold_norms(model: nn.Module, report: list[Record]) -> nn.Module:
+    """A network with every norm that alone consumes a convolution's output written into it.
+
+    The convolutions are changed in place; the norms are left out of the copy that is returned.
+    """
+    names, others = {module: name for name, module in model.named_modules()}, {}
     for conv, norm in norms_after(model, (*CONVOLUTIONS, *TRANSPOSED)).items():
         reason = computes_as_its_class(conv) or tied(model, conv)
         if reason is None:
             factor, shift = norm_affine(norm)
             fold(conv, factor, shift)
-            rest = without_norm(norm)
-            model.set_submodule(names[norm], rest)
+            others[id(norm)] = rest = without_norm(norm)
             reason = f"folded into {names[conv]}"
             report.append(record(names[norm], norm, type(rest).__name__, reason))
         else:
             report.append(record(names[norm], norm, "kept", f"{names[conv]}: {reason}"))
+    return replaced(model, others) if others else model
 
 
 def fold(conv: nn.Module, factor: torch.Tensor, shift: torch.Tensor) -> None:
@@ -244,7 +252,7 @@ def written(place: Place) -> str:
 
 def parallel(model: nn.Module) -> list[Place]:
     """The sums in a network that one convolution could be: linear branches of one input."""
-    return [place for flow in flows(model) for place in parallel_in(flow)]
+    return [place for ways in flows(model) for place in parallel_in(ways[0])]
 
 
 def parallel_in(flow: Flow) -> list[Place]:

@@ -7,6 +7,7 @@ the root, nested, used in several places, inside a larger network.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections import Counter
@@ -70,9 +71,23 @@ def replaced(model: nn.Module, others: dict[int, nn.Module]) -> nn.Module:
     """A copy of a network in which modules, by their id, are others.
 
     deepcopy takes what its memo already holds, also at the root and where one module is used in
-    several places.
+    several places, or is held by a list that torch does not know of.
+    Raises: ValueError for a network that cannot be copied so.
     """
-    return copy.deepcopy(model, dict(others))
+    try:
+        out = copy.deepcopy(model, dict(others))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({error}): it holds results of a forward "
+            "pass; copy its weights into a new one, or remove what it keeps."
+        ) from error
+    missing = {id(module) for module in others.values()} - {id(module) for module in out.modules()}
+    if out is model or missing:
+        raise ValueError(
+            f"{type(model).__name__}, or a part of it, has a __deepcopy__ of its own that does not "
+            "copy its modules one by one."
+        )
+    return out
 
 
 def in_train_mode(model: nn.Module) -> list[str]:
@@ -95,14 +110,34 @@ def is_foldable_norm(module: nn.Module) -> bool:
     """
     known = isinstance(module, nn.modules.batchnorm._BatchNorm)
     known = known and type(module).forward in PLAIN_NORM
-    like = type(module).__name__ in LIKE_NORM
-    return (known or like) and getattr(module, "running_var", None) is not None
+    like = type(module).__name__ in LIKE_NORM and hasattr(module, "eps")
+    statistics = getattr(module, "running_var", None) is not None
+    return (known or like) and statistics and changed_by_hand(module) is None
+
+
+def changed_by_hand(module: nn.Module) -> str | None:
+    """Why a module may compute something else than its class, or None."""
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return "its forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which would be lost"
+    return None
+
+
+def fits(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether a norm's channels are those of a convolution: same number, same dimensions."""
+    dims = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    of_norm = [d for kind, d in dims.items() if isinstance(norm, kind)]
+    size = getattr(conv, "geometry", conv).kernel_size
+    return len(norm.running_var) == conv.out_channels and of_norm in ([], [len(size)])
 
 
 def without_norm(norm: nn.Module) -> nn.Module:
     """What stands in the place of a norm that another layer has taken over."""
-    act = getattr(norm, "act", None)
-    return act if isinstance(act, nn.Module) else nn.Identity().train(norm.training)
+    if type(norm).__name__ != "BatchNormAct2d":
+        return nn.Identity().train(norm.training)
+    drop, act = norm.drop, norm.act
+    return act if isinstance(drop, nn.Identity) else nn.Sequential(drop, act).train(norm.training)
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -139,26 +174,49 @@ class Flow:
         return self.modules.get(node.target) if node.op == "call_module" else None
 
 
-def flows(model: nn.Module) -> list[Flow]:
+def flows(model: nn.Module, training: bool = False) -> list[list[Flow]]:
     """The graphs of a network: of the whole, or, where its control flow depends on the data, of
-    the largest parts that can be traced."""
+    the largest parts that can be traced; for each, one or several that may all be taken.
+
+    An optional argument decides the way through a module: it is traced as absent and as given.
+    Of a plain nn.Sequential inside something that cannot be traced nothing is concluded: what is
+    around it may take its layers one by one.
+    """
     # A traced module may keep symbols (caches of attention biases do): a copy is traced, which
     # shares all tensors.
     tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).train(training)
 
-    def search(part: nn.Module, prefix: str) -> Iterator[Flow]:
-        try:
-            graph = FlowTracer().trace(part)
-        except Exception:  # whatever a model does when it is run on symbols
-            for name, child in part.named_children():
-                yield from search(child, f"{prefix}{name}.")
+    def search(part: nn.Module, prefix: str, trusted: bool) -> Iterator[list[Flow]]:
+        graphs = traces(part) if trusted else []
+        if graphs:
+            original = model.get_submodule(prefix.rstrip("."))
+            modules = dict(original.named_modules(remove_duplicate=False))
+            yield [Flow(graph, modules, prefix) for graph in graphs]
             return
-        original = model.get_submodule(prefix.rstrip("."))
-        yield Flow(graph, dict(original.named_modules(remove_duplicate=False)), prefix)
+        for name, child in part.named_children():
+            yield from search(child, f"{prefix}{name}.", type(child) is not nn.Sequential)
 
     with quiet_tracing():
-        return list(search(twin, ""))
+        return list(search(twin, "", True))
+
+
+def traces(part: nn.Module) -> list[fx.Graph]:
+    """The graphs of a module, or none where it cannot be traced."""
+    if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
+        return []
+    parameters = inspect.signature(type(part).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        graphs = [FlowTracer().trace(part, defaults)]
+    except Exception:  # whatever a model does when it is run on symbols
+        return []
+    if defaults:
+        try:
+            graphs.append(FlowTracer().trace(part))
+        except Exception:  # the other way through it stays unknown, and so is not concluded from
+            pass
+    return graphs
 
 
 @contextmanager
@@ -175,17 +233,19 @@ def quiet_tracing() -> Iterator[None]:
         logger.disabled = before
 
 
-def norms_after(model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS) -> dict:
+def norms_after(
+    model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS, modes: tuple[bool, ...] = (False,)
+) -> dict[nn.Module, nn.Module]:
     """module of some kinds -> the norm that alone consumes its output, each used once.
 
-    Found by symbolic tracing; a part that cannot be traced is searched child by child.
+    Found by symbolic tracing, in eval mode (False) and, if asked for, in train mode (True).
     """
     uses: Counter[nn.Module] = Counter(
         module for parent in model.modules() for module in parent._modules.values() if module
     )
-    found: dict[nn.Module, nn.Module] = {}
-    for flow in flows(model):
-        nodes = flow.graph.nodes
+
+    def pairs(flow: Flow) -> dict[nn.Module, nn.Module]:
+        nodes, found = flow.graph.nodes, {}
         calls = Counter(flow.module(node) for node in nodes)
         read = {flow.modules.get(n.target.rpartition(".")[0]) for n in nodes if n.op == "get_attr"}
         for node in nodes:
@@ -193,12 +253,20 @@ def norms_after(model: nn.Module, kinds: tuple[type, ...] = CONVOLUTIONS) -> dic
             if not isinstance(conv, kinds) or len(users) != 1 or conv in read:
                 continue
             norm = flow.module(users[0])
-            if norm is None or not is_foldable_norm(norm):
+            if norm is None or norm in read or not is_foldable_norm(norm) or not fits(conv, norm):
                 continue
-            alone = calls[conv] == calls[norm] == 1 and uses[conv] <= 1 and uses[norm] <= 1
-            if alone and len(norm.running_var) == conv.out_channels:
+            if calls[conv] == calls[norm] == 1 and uses[conv] <= 1 and uses[norm] <= 1:
                 found[conv] = norm
-    return found
+        return found
+
+    every = []
+    for mode in modes:
+        found: dict[nn.Module, nn.Module] = {}
+        for ways in flows(model, mode):
+            found |= dict(set.intersection(*(set(pairs(flow).items()) for flow in ways)))
+        every.append(found)
+    first, *others = every
+    return {c: n for c, n in first.items() if all(found.get(c) is n for found in others)}
 
 
 def computes_as_its_class(conv: nn.Module) -> str | None:
@@ -211,9 +279,9 @@ def computes_as_its_class(conv: nn.Module) -> str | None:
         plain, "_conv_forward", None
     ):
         return f"{kind.__name__} computes something else than {plain.__name__}"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
-        return "it has hooks, which would be lost"
-    return None
+    if conv.weight.is_complex():
+        return "its weight is complex"
+    return changed_by_hand(conv)
 
 
 def tied(model: nn.Module, conv: nn.Module) -> str | None:

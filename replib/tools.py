@@ -348,7 +348,7 @@ def deployed_form(model: nn.Module, layout: str = "replib") -> nn.Module:
     if isinstance(deployed, RepVGGPlus):
         deployed.auxiliary.clear()
     if layout != "official":
-        fold_norms(deployed, [])
+        deployed = fold_norms(deployed, [])
     return deployed
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from replib.blocks import RepBlock
 from replib.fusing import units
@@ -81,12 +81,14 @@ class Verification:
 def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
     """Compare a network and its fused copy with the network in float64.
 
-    example_input: a tensor, or a tuple of arguments. Both networks must be in eval mode, and of
-    one floating-point type. Every block, with the norm that was folded into it, is compared on the
-    input that it sees in the float64 run, border and interior apart; then the outputs end to end.
-    The bound is 16 eps (4 + depth), eps of the model's dtype and depth in blocks; for one block
-    depth is 1. It grows with what rounding can do, and stays far below any wrong kernel; where
-    the network itself loses more in its dtype than that, four times its own error is allowed.
+    example_input: a tensor, a tuple of arguments, or a dictionary of keyword arguments. Both
+    networks must be in eval mode, and of one floating-point type. Every block, with the norm that
+    was folded into it, is compared on the input that it sees in the float64 run, border and
+    interior apart; then the outputs end to end.
+    The bound is 16 eps (4 + depth), 2 eps (4 + depth) in half precision, eps of the model's dtype
+    and depth in blocks; for one block depth is 1. It grows with what rounding can do, and stays far
+    below any wrong kernel; where the network itself loses more in its dtype than that, four times
+    its own error is allowed, up to a quarter. Errors are relative to the largest output.
     Detections are matched instead, see `detections`.
     Raises: ValueError in train mode.
     """
@@ -95,17 +97,37 @@ def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
             raise ValueError(
                 f"{name} is in train mode ({training[0]}): call .eval() before verifying."
             )
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    exact = copy.deepcopy(model).double()
+    arguments, keywords = (
+        example_input if isinstance(example_input, tuple) else (example_input,),
+        {},
+    )
+    if isinstance(example_input, dict):
+        arguments, keywords = (), example_input
+
+    def run(network: nn.Module, double: bool = False):
+        """On its own copy of the input, which some networks overwrite."""
+        given = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (arguments, keywords))
+        given = in_double(given) if double else given
+        return network(*given[0], **given[1])
+
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     checks: dict[str, Check] = {}
-    watch = Watch(exact, fused, dtype, checks)
-    with torch.autocast(arguments_device(arguments), enabled=False):
-        wanted = exact(*in_double(arguments))
+    notes: list[str] = []
+    with torch.autocast(device_of((arguments, keywords)), enabled=False):
+        try:
+            watch = Watch(copy.deepcopy(model).double(), fused, checks)
+            wanted = run(watch.exact, double=True)
+        except RuntimeError as error:  # casts of its own, say
+            watch.end()
+            checks.clear()
+            notes.append(f"it cannot be run in float64 ({str(error).splitlines()[0][:80]})")
+            watch = Watch(copy.deepcopy(model), fused, checks)
+            wanted = run(watch.exact)
         apart = [name for name in watch.blocks if name not in checks and watch.alone(name)]
     watch.end()
-    got, itself = fused(*arguments), model(*arguments)
-    network, notes = end_to_end(got, itself, wanted, allowed(dtype, len(watch.blocks)))
+    got, itself = run(fused), run(model)
+    network, more = end_to_end(got, itself, wanted, allowed(dtype, len(watch.blocks)))
+    notes += more
     if apart:
         notes.append(f"not reached by this input, compared alone: {', '.join(apart)}")
     unseen = [name for name in watch.blocks if name not in checks]
@@ -115,10 +137,8 @@ def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
 class Watch:
     """Hooks that compare every block of the float64 network with its deployed layer."""
 
-    def __init__(
-        self, exact: nn.Module, fused: nn.Module, dtype: torch.dtype, checks: dict[str, Check]
-    ):
-        self.dtype, self.checks = dtype, checks
+    def __init__(self, exact: nn.Module, fused: nn.Module, checks: dict[str, Check]):
+        self.exact, self.checks = exact, checks
         self.places, names = dict(fused.named_modules()), {m: n for n, m in exact.named_modules()}
         self.folded = {
             block: norm
@@ -134,37 +154,44 @@ class Watch:
             for name, block in found.items()
             if type(self.places.get(name, nn.Module())) is not nn.Module
         }
-        self.inputs: dict[nn.Module, list[Tensor]] = {block: [] for block in self.blocks.values()}
+        self.calls: dict[nn.Module, list[tuple]] = {block: [] for block in self.blocks.values()}
         self.hooks = []
         for name, block in self.blocks.items():
-            self.hooks.append(block.register_forward_hook(self.at_block(name)))
+            hook = block.register_forward_hook(self.at_block(name), with_kwargs=True)
+            self.hooks.append(hook)
             if block in self.folded:
                 norm = self.folded[block]
                 self.hooks.append(norm.register_forward_hook(self.at_norm(name, block)))
 
     def at_block(self, name: str):
-        def hook(block: nn.Module, arguments: tuple, output: Tensor) -> None:
+        def hook(block: nn.Module, arguments: tuple, keywords: dict, output) -> None:
             if block in self.folded:
-                self.inputs[block].append(arguments[0])
+                self.calls[block].append((arguments, keywords))
             else:
-                self.compare(name, arguments[0], output)
+                self.compare(name, (arguments, keywords), output)
 
         return hook
 
     def at_norm(self, name: str, block: nn.Module):
         def hook(norm: nn.Module, arguments: tuple, output: Tensor) -> None:
-            self.compare(name, self.inputs[block].pop(), output)
+            self.compare(name, self.calls[block].pop(), output)
 
         return hook
 
-    def compare(self, name: str, x: Tensor, wanted: Tensor) -> None:
+    def compare(self, name: str, call: tuple, wanted) -> None:
         """A deployed layer on the input of its block; of several calls the worst counts."""
-        layer = self.places[name]
-        got = layer(x.to(self.dtype))
-        if self.blocks[name] in self.folded:
-            got = without_norm(self.folded[self.blocks[name]])(got)
-        got = got.double()
-        check = compared(name, got, wanted, layer, x, allowed(self.dtype, 1))
+        layer, block = self.places[name], self.blocks[name]
+        dtype = next((p.dtype for p in layer.parameters()), torch.float32)
+        arguments, keywords = cast(call, dtype)
+        got = layer(*arguments, **keywords)
+        if block in self.folded:
+            got = without_norm(self.folded[block])(got)
+        bound = allowed(dtype, 1)
+        if isinstance(wanted, Tensor):
+            x = next(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
+            check = compared(name, got.double(), wanted.double(), layer, x, bound)
+        else:
+            check = Check(name, None, structured_error(got, wanted), bound)
         before = self.checks.get(name)
         if before is None or not check.error <= before.error:
             self.checks[name] = check
@@ -178,7 +205,8 @@ class Watch:
         shape = (2, layer.in_channels, *(2 * size + 3 for size in reach))
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        out = block(noise.to(layer.weight.device))
+        like = next(parameter for parameter in block.parameters())
+        out = block(noise.to(like.device, like.dtype))
         if block in self.folded:
             self.folded[block](out)
         return True
@@ -190,36 +218,48 @@ class Watch:
 
 
 def allowed(dtype: torch.dtype, depth: int) -> float:
-    """The relative error that rounding may leave after `depth` blocks."""
-    sides = 2 if dtype == torch.float64 else 1  # then the reference rounds as well
-    return sides * 16 * torch.finfo(dtype).eps * (4 + depth)
+    """The relative error that rounding may leave after `depth` blocks, at most a quarter."""
+    # In half precision sums are made in float32, and one rounding is left; a float64 reference
+    # rounds as well.
+    units = {torch.float64: 32, torch.float32: 16}.get(dtype, 2)
+    return min(units * torch.finfo(dtype).eps * (4 + depth), 0.25)
 
 
-def arguments_device(arguments) -> str:
+def device_of(values) -> str:
     """Where the tensors of some arguments lie."""
-    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
     return next((tensor.device.type for tensor in tensors), "cpu")
+
+
+def cast(values, dtype: torch.dtype):
+    """Floating-point tensors in another dtype, anything else as it is."""
+
+    def one(value):
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return tree_map(one, values)
 
 
 def in_double(values):
     """Floating-point tensors in float64, anything else as it is."""
-
-    def lifted(value):
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if floating else value
-
-    return tree_map(lifted, values)
+    return cast(values, torch.float64)
 
 
 # -- comparisons -----------------------------------------------------------------------------------
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """max |got - wanted| / max |wanted|; nan where shapes differ."""
+    """max |got - wanted| / max |wanted|; nan for other shapes. -inf, a masked logit, is equal."""
     if got.shape != wanted.shape:
         return math.nan
     if not wanted.numel():
         return 0.0
-    scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return ((got.double() - wanted).abs().max() / scale).item()
+    if wanted.is_complex():
+        got, wanted = torch.view_as_real(got), torch.view_as_real(wanted)
+    got, wanted = got.double(), wanted.double()
+    same = (got == wanted) & wanted.isneginf()
+    finite = wanted.masked_fill(same, 0).abs()
+    scale = finite.max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((got - wanted).masked_fill(same, 0).abs().max() / scale).item()
 
 
 def end_to_end(got, itself, wanted, bound: float) -> tuple[Check, list[str]]:
@@ -227,25 +267,44 @@ def end_to_end(got, itself, wanted, bound: float) -> tuple[Check, list[str]]:
     if is_detections(wanted):
         return detections(got, itself, wanted, bound)
     error, own = structured_error(got, wanted), structured_error(itself, wanted)
-    if own <= bound / 4:
-        return Check("", None, error, bound), []
-    note = f"the network itself is {own:.2e} away from float64"
-    return Check("", None, error, 4 * own), [note]
+    notes = []
+    if own > bound / 4:
+        notes.append(f"the network itself is {own:.2e} away from float64")
+        bound = max(bound, min(4 * own, 0.25))  # more than a quarter is no proof of anything
+    differ, own_differ = share_differing(got, wanted), share_differing(itself, wanted)
+    if differ > 2 * own_differ + 0.05:
+        notes.append(f"{differ:.0%} of its whole numbers differ")
+        error = math.nan
+    return Check("", None, error, bound), notes
 
 
 def structured_error(got, wanted) -> float:
     """The largest error over the tensors of an output; nan where structures differ."""
-    left, right = floating(got), floating(wanted)
-    if len(left) != len(right) or not right:
+    if tree_structure(got) != tree_structure(wanted):
         return math.nan
-    errors = [relative_error(a, b) for a, b in zip(left, right, strict=True)]
-    return max(errors, key=lambda error: (math.isnan(error), error))
+    left, right = tensors(got), tensors(wanted)
+    errors = [
+        relative_error(a, b)
+        for a, b in zip(left, right, strict=True)
+        if b.is_floating_point() or b.is_complex()
+    ]
+    none = math.nan if not right else 0.0  # nothing at all, or whole numbers only
+    return max(errors, key=lambda error: (math.isnan(error), error), default=none)
 
 
-def floating(output) -> list[Tensor]:
-    """The floating-point tensors of a structured output, in order."""
-    leaves = tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def share_differing(got, wanted) -> float:
+    """The share of whole numbers (labels, masks) that differ: near ties may."""
+    pairs = zip(tensors(got), tensors(wanted), strict=False)
+    whole = [(a, b) for a, b in pairs if not (b.is_floating_point() or b.is_complex())]
+    if any(a.shape != b.shape for a, b in whole):
+        return 1.0
+    total = sum(b.numel() for _, b in whole)
+    return sum((a != b).sum().item() for a, b in whole) / max(total, 1)
+
+
+def tensors(output) -> list[Tensor]:
+    """The tensors of a structured output, in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def is_detections(output) -> bool:
@@ -295,9 +354,13 @@ def compared(
     """Border and interior of one block's output, apart."""
     if got.shape != wanted.shape:
         return Check(name, math.nan, math.nan, bound)
+    if not wanted.numel():
+        return Check(name, None, 0.0, bound)
     scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     error = (got - wanted).abs() / scale
-    if not isinstance(layer, CONVOLUTIONS) or not isinstance(layer.padding, tuple):
+    batched = wanted.dim() == x.dim() == len(getattr(layer, "kernel_size", ())) + 2
+    plain = isinstance(layer, CONVOLUTIONS) and isinstance(layer.padding, tuple)
+    if not plain or not batched:
         return Check(name, None, error.max().item(), bound)
     border = torch.ones(wanted.shape[2:], dtype=torch.bool, device=wanted.device)
     inside = []

@@ -11,7 +11,7 @@ from whole import X, error, net, scrambled
 
 from replib import convert, fuse, verify
 from replib.blocks import RepBlock
-from replib.networks import norms_after, outermost_blocks
+from replib.networks import outermost_blocks
 
 
 def became(model):
@@ -94,12 +94,21 @@ class Repeated(nn.Module):
         return self.two(self.conv(self.one(self.conv(x))))
 
 
+class Pair(nn.Module):
+    def __init__(self, inputs=3, outputs=8):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
 class Untraceable(nn.Module):
     """Control flow that depends on data, around a part that can be traced."""
 
     def __init__(self):
         super().__init__()
-        self.part = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.part = Pair()
         self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
 
     def forward(self, x):
@@ -107,16 +116,122 @@ class Untraceable(nn.Module):
         return self.bn(self.conv(x)) if x.sum() > -1e9 else x
 
 
+class LayerByLayer(nn.Module):
+    """It cannot be traced, and takes what is inside its Sequential one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x):
+        if x.shape[1] != 3:
+            raise ValueError
+        seen = []
+        for layer in self.features:
+            seen.append(x := layer(x))
+        return seen[0] + seen[-1]
+
+
+class Optional(nn.Module):
+    """An argument that nobody gives decides who else consumes the convolution's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x, residual=None):
+        y = self.conv(x)
+        return self.bn(y) + (y if residual is None else residual)
+
+
+class OnlyInEval(nn.Module):
+    """In eval mode the output is used twice, in train mode it is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if self.training else self.bn(y) + y
+
+
+class Behind(nn.Module):
+    """Its layers are also held where torch does not see them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Pair(), Pair(8, 8)
+        self.pairs = [(self.one.conv, self.one.bn), (self.two.conv, self.two.bn)]
+
+    def forward(self, x):
+        for conv, bn in self.pairs:
+            x = bn(conv(x)).relu()
+        return x
+
+
+class Flat(nn.Module):
+    """A norm of another dimension: its channels are another axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 33, 3, padding=1), nn.BatchNorm1d(33)
+
+    def forward(self, x):
+        return self.bn(self.conv(x[0]))
+
+
+def hooked():
+    model = Pair()
+    model.bn.register_forward_hook(lambda module, inputs, output: output.sigmoid())
+    return model
+
+
+def patched():
+    model = Pair()
+    forward = model.bn.forward
+    model.bn.forward = lambda x: 2 * forward(x)
+    return model
+
+
+def acting():
+    model = Pair()
+    model.bn.act = nn.ReLU()  # it is never called
+    return model
+
+
 @pytest.mark.parametrize(
-    "kind, absorbed", [(Branching, 0), (Repeated, 0), (Untraceable, 1)], ids=lambda v: str(v)
+    "kind, absorbed",
+    [
+        (Branching, 0),
+        (Repeated, 0),
+        (Untraceable, 1),
+        (LayerByLayer, 0),
+        (Optional, 0),
+        (OnlyInEval, 0),
+        (Behind, 2),
+        (Flat, 0),
+        (hooked, 0),
+        (patched, 0),
+        (acting, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
+@pytest.mark.filterwarnings("ignore:.*places add parallel:UserWarning")
 def test_only_a_norm_that_alone_consumes_is_absorbed(kind, absorbed):
+    torch.manual_seed(0)
     model = scrambled(kind())
-    assert len(norms_after(model)) == absorbed
-    converted = convert(model, "dbb")
+    x = X[..., :33] if kind is Flat else X
+    assert error(model(x), fuse(model)(x)) < 1e-5
+    if kind is Flat:
+        return  # blocks take batches only
+    if kind is OnlyInEval:
+        model.train()
+    converted = convert(model, "repvgg").eval()
+    model.eval()
     assert sum(what == "Identity" for what in became(converted).values()) == absorbed
-    assert error(model(X), converted(X)) < 1e-5
-    assert verify(converted, fuse(converted), X).ok
+    assert error(model(x), converted(x)) < 1e-5
+    assert kind is patched or verify(converted, fuse(converted), x).ok
 
 
 def test_a_shared_convolution_stays_one_block():

@@ -346,6 +346,57 @@ def test_a_method_that_changes_nothing_is_reported():
     assert reasons(again)["0"] == "its switch_to_deploy() changed nothing"
 
 
+def test_blocks_that_deploy_themselves_are_not_opened():
+    """Neither are their layers converted, nor is a unit with our blocks inside deployed by it."""
+    torch.manual_seed(0)
+    model = scrambled(nn.Sequential(InPlace(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    converted = convert(model, "dbb")
+    told = {entry["name"]: entry["reason"] for entry in converted.conversion}
+    assert told["0.three"] == "part of 0 (InPlace), which deploys itself"
+    assert verify(model, converted, X).ok and verify(converted, fuse(converted), X).ok
+    model[0].three = BLOCKS["repvgg"](3, 8)
+    with pytest.warns(UserWarning, match="stay"):
+        assert verify(model.eval(), fuse(model), X).ok
+
+
+class Fusing(nn.Module):
+    """`fuse` joins feature maps here."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return self.fuse(*(layer(x) for layer in self.layers))
+
+    def fuse(self, *maps):
+        return torch.cat(maps, 1)
+
+
+def test_a_method_of_that_name_may_mean_something_else():
+    model = scrambled(Fusing(BLOCKS["repvgg"](3, 8), nn.Sequential(Fusing(nn.Identity()))))
+    assert verify(model, fuse(model), X).ok
+
+
+class Copied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_what_cannot_be_copied_is_an_error_in_one_line():
+    with pytest.raises(ValueError, match="__deepcopy__ of its own"):
+        convert(nn.Sequential(Copied()).eval(), "repvgg")
+    with pytest.raises(ValueError, match="scripted"):
+        fuse(torch.jit.trace(nn.Conv2d(3, 3, 3), X).eval())
+
+
 class Container(nn.Module):
     """A network that deploys its own blocks, as some do: they are still seen one by one."""
 

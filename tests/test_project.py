@@ -21,7 +21,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "branches": {"kernels"},
     "blocks": {"branches", "kernels"},
     "networks": {"blocks"},
-    "convert": {"networks", "blocks", "branches", "kernels"},
+    "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
     "verification": {"fusing", "networks", "blocks"},
     "models": {"blocks"},

@@ -255,3 +255,98 @@ def test_border_and_interior_follow_the_geometry():
 
     assert shift((0, 0, 0, 2)) == (True, False) and shift((0, 0, 2, 4)) == (True, False)
     assert shift((0, 0, 3, 2)) == (False, True) and shift((0, 0, 1, 1)) == (False, True)
+
+
+# -- what networks do ------------------------------------------------------------------------------
+class Body(nn.Module):
+    """A block and a linear head, with something done to the input and to the output."""
+
+    def __init__(self, before=lambda x: x, after=lambda y: y, call=lambda block, x: block(x)):
+        super().__init__()
+        self.block, self.head = BLOCKS["repvgg"](3, 8), nn.Linear(8, 5)
+        self.before, self.after, self.call = before, after, call
+
+    def forward(self, x):
+        y = self.call(self.block, self.before(x))
+        return self.after(self.head(y.mean((2, 3))))
+
+
+def overwrite(x):
+    x -= 0.5
+    return x
+
+
+HABITS = {
+    "a cast of its own": {"before": lambda x: x.float() / 2},
+    "an input that is overwritten": {"before": overwrite},
+    "a keyword": {"call": lambda block, x: block(input=x)},
+    "masked logits": {"after": lambda y: y.masked_fill(torch.arange(5) == 2, -torch.inf)},
+    "labels": {"after": lambda y: {"y": y, "label": y.argmax(1)}},
+    "complex numbers": {"after": torch.fft.fft},
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_networks_do_is_understood_and_a_wrong_head_is_still_seen(habit):
+    torch.manual_seed(0)
+    model = scrambled(Body(**HABITS[habit]))
+    fused, x = fuse(model), X.clone()
+    proof = verify(model, fused, x)
+    assert proof.ok and torch.equal(x, X), str(proof)
+    fused.head.weight.data *= 1.3
+    assert not verify(model, fused, x).ok
+
+
+def test_labels_and_structure_are_compared():
+    torch.manual_seed(0)
+    model = scrambled(Body(after=lambda y: {"a": y, "label": y.argmax(1)}))
+    fused = fuse(model)
+    for after in (
+        lambda y: {"a": y, "label": y.argmin(1)},
+        lambda y: {"label": y.argmax(1), "a": y, "more": y},
+        lambda y: [y, y.argmax(1)],
+    ):
+        fused.after = after
+        assert not verify(model, fused, X).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_excuse(dtype):
+    torch.manual_seed(0)
+    model = scrambled(Body()).to(dtype)
+    x = X.to(dtype)
+    assert verify(model, fuse(model), x).ok
+    for name, factor in (("head", 0.0), ("head", 0.7), ("block", 0.7)):
+        wrong = fuse(model)
+        for parameter in getattr(wrong, name).parameters():
+            parameter.data *= factor
+        assert not verify(model, wrong, x).ok
+
+
+def test_a_network_that_is_random_proves_nothing():
+    model = Body(after=lambda y: nn.functional.dropout(y, 0.5, training=True)).eval()
+    proof = verify(model, fuse(model), X)
+    assert not proof.ok and "the network itself is" in str(proof)
+
+
+def test_a_transposed_convolution_with_an_output_size():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.bn = nn.ConvTranspose2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.bn(self.up(x, output_size=[66, 80]))
+
+    model = scrambled(Up())
+    proof = verify(model, fuse(model), X)
+    assert proof.ok and len(proof.blocks) == 1, str(proof)
+
+
+def test_keyword_arguments():
+    class Two(Body):
+        def forward(self, x, *, y):
+            return super().forward(x) + y
+
+    model = scrambled(Two())
+    assert verify(model, fuse(model), {"x": X, "y": torch.ones(5)}).ok

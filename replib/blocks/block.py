@@ -198,8 +198,8 @@ class RepBlock(Sum):
         return list(inspect.signature(cls.declare).parameters)[2:]
 
     # -- what every block does ------------------------------------------------------------------
-    def forward(self, x: Tensor) -> Tensor:
-        g = self.geometry
+    def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of nn.Conv2d
+        g, x = self.geometry, input
         if self.padding_mode == "zeros":
             return self.run(x, g.padding, g.stride)
         # Every branch is aligned in the same padded input, so other modes need no more than this.
