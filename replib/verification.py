@@ -358,9 +358,8 @@ def compared(
         return Check(name, None, 0.0, bound)
     scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     error = (got - wanted).abs() / scale
-    batched = wanted.dim() == x.dim() == len(getattr(layer, "kernel_size", ())) + 2
     plain = isinstance(layer, CONVOLUTIONS) and isinstance(layer.padding, tuple)
-    if not plain or not batched:
+    if not plain or not wanted.dim() == x.dim() == len(layer.kernel_size) + 2:
         return Check(name, None, error.max().item(), bound)
     border = torch.ones(wanted.shape[2:], dtype=torch.bool, device=wanted.device)
     inside = []
