@@ -58,6 +58,17 @@ def outermost_blocks(model: nn.Module) -> dict[str, RepBlock]:
     return outermost(model, lambda module: isinstance(module, RepBlock))
 
 
+def branch_by_branch(model: nn.Module) -> nn.Module:
+    """Make every block evaluate its branches one by one, in place: the reference of all others.
+
+    The same numbers up to rounding, slower; setting `block.shared = True` undoes it.
+    """
+    for module in model.modules():
+        if isinstance(module, RepBlock):
+            module.shared = False
+    return model
+
+
 def unique_modules(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of the modules of some kinds, without those inside a block."""
     blocks = outermost(model, lambda module: isinstance(module, RepBlock | RepMLP)).values()

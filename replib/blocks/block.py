@@ -127,6 +127,7 @@ class RepBlock(Sum):
     norm_at_restore: ClassVar[str] = "unit"  # of NORM_AT_RESTORE
     cannot: ClassVar[dict[str, str]] = {}  # of FEATURES: the reason, and the way out
     default_kernel_size: ClassVar[int] = 3
+    shared: bool = True  # train mode: branches share work; False: branch by branch, the reference
 
     def __init__(
         self,
