@@ -4,6 +4,10 @@
     cifar10/100  through torchvision, downloaded on first use into the data folder
     imagefolder  any tree train/CLASS/*, val/CLASS/* (or test/CLASS/*)
 
+Images are decoded into memory, up to RESIDENT_BYTES for training and test images together; a larger
+image folder stays on disk, as a `loader.Folder`. The rule asks the data, not the machine, so that a
+cell is the same everywhere; `resident` overrides it.
+
 The test split is fixed. Training images are drawn from the training split anew for every seed;
 under the `clean` protocol a part of them is held out and selects the checkpoint, under `paper`
 (as RepAn published) nothing is held out and the test split selects.
@@ -14,9 +18,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from replib.errors import UserError
+from replib.training.loader import Folder, batches, cores, readable
 
 DATA = {
     "digits": "scikit-learn's bundled handwritten digits, 8x8; nothing to download",
@@ -33,6 +38,7 @@ DATA = {
     "cifar100": "torchvision's CIFAR-100, downloaded on first use",
     "imagefolder": "a folder with train/CLASS/* and val/CLASS/*",
 }
+RESIDENT_BYTES = 4e9  # of decoded images, 3 bytes a pixel; more stay in their files
 DIGITS_POOL = 1000  # the first 1000 of 1797 digits train, the last 797 test
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 STATISTICS = {  # mean and standard deviation per channel, images in [0, 1]
@@ -44,12 +50,16 @@ STATISTICS = {  # mean and standard deviation per channel, images in [0, 1]
 
 @dataclass(frozen=True)
 class Dataset:
-    """All images of a data set as uint8 (N, C, H, W), labels int64 (N,)."""
+    """All images of a data set as uint8 (N, C, H, W), labels int64 (N,).
+
+    digest: two data sets with the same one train the same. Of images in memory it is a hash of
+    their pixels; of images in files a hash of the files' bytes, with the size they are decoded to.
+    """
 
     name: str
-    train_images: Tensor
+    train_images: Tensor | Folder
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Folder
     test_labels: Tensor
     classes: tuple[str, ...]
     mean: tuple[float, ...]
@@ -61,11 +71,20 @@ class Dataset:
         return self.train_images.shape[1]
 
     def normalised(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """uint8 images as float32, standardised per channel."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=device).view(shape)
-        deviation = torch.tensor(self.deviation, device=device).view(shape)
-        return (images.to(device).float() / 255 - mean) / deviation
+        """uint8 images as float32, standardised per channel; channels last in memory."""
+        x = images.to(device).to(torch.float32, memory_format=torch.channels_last)
+        mean, deviation = (
+            one_row(values, x.shape[3], str(x.device)) for values in (self.mean, self.deviation)
+        )
+        return x.div_(255).sub_(mean).div_(deviation)
+
+
+@lru_cache(maxsize=64)
+def one_row(values: tuple[float, ...], width: int, device: str) -> Tensor:
+    """A value per channel as (1, C, 1, width), channels last: a row of memory, not C numbers, as
+    an inner loop over C = 3 numbers is three times slower on a CPU."""
+    row = torch.tensor(values, device=device).view(1, -1, 1, 1).expand(-1, -1, -1, width)
+    return row.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -116,9 +135,16 @@ def digest_of(*arrays: np.ndarray | Tensor, text: str = "") -> str:
 
 
 @lru_cache(maxsize=2)
-def load(name: str, folder: str | None = None, image_size: int | None = None) -> Dataset:
+def load(
+    name: str,
+    folder: str | None = None,
+    image_size: int | None = None,
+    image_resize: int | None = None,
+    resident: bool | None = None,
+) -> Dataset:
     """Load a data set of `DATA`; `folder` holds downloads, or is the image folder.
 
+    image_size, image_resize, resident: of an image folder only, see `load_imagefolder`.
     Raises: UserError for an unknown name, or a folder that is missing, empty or has a class with
     fewer than two images.
     """
@@ -129,7 +155,7 @@ def load(name: str, folder: str | None = None, image_size: int | None = None) ->
     if name == "imagefolder":
         if folder is None:
             raise UserError("data_dir is missing: data=imagefolder needs the folder to read.")
-        return load_imagefolder(Path(folder), image_size)
+        return load_imagefolder(Path(folder), image_size, image_resize, resident)
     raise UserError(f"data (={name!r}) must be one of {', '.join(DATA)}.")
 
 
@@ -177,10 +203,19 @@ def load_cifar(name: str, folder: Path) -> Dataset:
     )  # fmt: skip
 
 
-def load_imagefolder(folder: Path, image_size: int | None) -> Dataset:
-    """A tree train/CLASS/*, val/CLASS/* (or test/) in memory, resized to squares of `image_size`.
+def load_imagefolder(
+    folder: Path,
+    image_size: int | None = None,
+    image_resize: int | None = None,
+    resident: bool | None = None,
+) -> Dataset:
+    """A tree train/CLASS/*, val/CLASS/* (or test/) as squares of `image_size` pixels.
 
-    Decoded arrays are kept in the cache folder, so that other processes need not decode again.
+    image_size: None: the shorter side of the first image.
+    image_resize: the shorter side before the centre crop; None: image_size, no more is cropped.
+    resident: whether images are decoded into memory; None: up to RESIDENT_BYTES. The digests
+        of the two differ. Decoded images, and hashes of files, are kept in the cache folder, for
+        as long as the files' lengths and times of change stay.
     """
     test = "val" if (folder / "val").is_dir() else "test"
     for part in ("train", test):
@@ -195,29 +230,43 @@ def load_imagefolder(folder: Path, image_size: int | None) -> Dataset:
     if strange:
         raise UserError(f"{folder / test / strange[0]} is a class that train does not have.")
     size = image_size or natural_size(next(iter(parts["train"].values()))[0])
-    total = sum(len(files) for part in parts.values() for files in part.values())
-    if total * size * size * 3 > 16e9:
+    if image_resize is not None and image_resize < size:
         raise UserError(
-            f"data_dir (={str(folder)!r}) holds {total} images: at image_size {size} they need "
-            f"{total * size * size * 3 / 1e9:.0f} GB of memory; choose a smaller image_size."
+            f"image_resize (={image_resize}) must be at least image_size (={size}), which is "
+            "cropped from it."
         )
+    if resident is None:
+        total = sum(len(files) for part in parts.values() for files in part.values())
+        resident = total * size * size * 3 <= RESIDENT_BYTES
+    images, hashed, text = [], [], "/".join(classes)
+    for part in parts.values():
+        files = [file for files in part.values() for file in files]
+        labels = np.repeat([classes.index(c) for c in part], [len(f) for f in part.values()])
+        if resident:
+            pixels = decoded(files, size, image_resize)
+            images.append(torch.from_numpy(pixels))
+            hashed += [pixels, labels]
+        else:
+            hashes, sizes = surveyed(list(part.values()))
+            images.append(Folder(files, size, image_resize, torch.from_numpy(sizes)))
+            hashed += [hashes, labels]
+    if not resident:
+        text = f"files {size} {image_resize} {text}"
+    digest = digest_of(*hashed, text=text)
     name = f"imagefolder:{folder.name}"
-    arrays = []
-    for part in parts:
-        files = [(file, classes.index(c)) for c, files in parts[part].items() for file in files]
-        arrays.append(decoded([file for file, _ in files], size))
-        arrays.append(np.array([label for _, label in files], dtype=np.int64))
-    digest = digest_of(*arrays, text="/".join(classes))
+    labels = [torch.from_numpy(array) for array in hashed[1::2]]
     return Dataset(
-        name, *map(torch.from_numpy, arrays), tuple(classes), *STATISTICS["imagefolder"], digest
-    )
+        name, images[0], labels[0], images[1], labels[1], tuple(classes),
+        *STATISTICS["imagefolder"], digest,
+    )  # fmt: skip
 
 
-def listing(root: Path) -> dict[str, list[Path]]:
+def listing(root: Path) -> dict[str, list[str]]:
     """The image files of every class folder, sorted by name."""
     found = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    for folder in sorted(path for path in root.resolve().iterdir() if path.is_dir()):
+        paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(map(str, paths))
         if len(files) < 2:
             raise UserError(
                 f"{folder} has {len(files)} image{'s' * (len(files) != 1)}: every class needs at "
@@ -229,7 +278,7 @@ def listing(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def natural_size(file: Path) -> int:
+def natural_size(file: str) -> int:
     """The shorter side of an image."""
     from PIL import Image
 
@@ -237,61 +286,87 @@ def natural_size(file: Path) -> int:
         return min(image.size)
 
 
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Whatever an image library raises for a bad file becomes one line."""
-    from PIL.Image import DecompressionBombError
+def decoded(files: list[str], size: int, resize: int | None = None) -> np.ndarray:
+    """Images as uint8 (N, 3, size, size), from the cache where they were decoded before."""
 
+    def make() -> np.ndarray:
+        folder = Folder(files, size, resize)
+        pixels = np.empty(folder.shape, np.uint8)
+        chunks = torch.arange(len(files)).split(256)
+        with tqdm(
+            total=len(files), desc="decoding", unit="image", leave=False, disable=None
+        ) as bar:
+            for chunk, batch in zip(chunks, batches(folder, chunks, "cpu"), strict=True):
+                pixels[chunk[0] : chunk[-1] + 1] = batch
+                bar.update(len(chunk))
+        return pixels
+
+    return kept([str(size), *([f"resize {resize}"] if resize else []), *stamp(files)], make)
+
+
+def surveyed(classes: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """SHA-256, uint8 (N, 32), and height and width, int32 (N, 2), of files, class by class.
+
+    Every file is read once, and again when its length or time of change is another. A class at a
+    time is kept in the cache, so that a survey that is stopped goes on there.
+    """
+
+    def survey(files: list[str]) -> np.ndarray:
+        return kept(["survey", *stamp(files)], lambda: np.array([*map(inspected, files)], np.int32))
+
+    found = []
+    total = sum(map(len, classes))
+    with (
+        ThreadPoolExecutor(cores()) as pool,  # reading and hashing need no interpreter
+        tqdm(total=total, desc="reading", unit="file", leave=False, disable=None) as bar,
+    ):
+        for rows in pool.map(survey, classes):
+            found.append(rows)
+            bar.update(len(rows))
+    rows = np.concatenate(found)
+    return rows[:, :32].astype(np.uint8), rows[:, 32:]
+
+
+def inspected(file: str) -> list[int]:
+    """The 32 bytes of a file's SHA-256, the image's height and its width."""
+    from PIL import Image
+
+    with readable(file):
+        content = Path(file).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            return [*hashlib.sha256(content).digest(), image.height, image.width]
+
+
+def stamp(files: list[str]) -> list[str]:
+    """Name, length and time of change of every file: what is kept of them is valid as long."""
+    stats = ((file, Path(file).stat()) for file in files)
+    return [f"{file} {s.st_size} {s.st_mtime_ns}" for file, s in stats]
+
+
+def kept(key: list[str], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from the cache folder; made, and put there, where it is not."""
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    file = cache_folder() / f"{digest[:24]}.npy"
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise UserError(f"{file} is not a readable image ({error}).") from None
-
-
-def decoded(files: list[Path], size: int) -> np.ndarray:
-    """Images as uint8 (N, 3, size, size): shorter side resized, centre cropped; from the cache
-    where the same files, by name, length and time of change, were decoded before."""
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    stamp = [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats]
-    key = hashlib.sha256("\n".join([str(size), *stamp]).encode()).hexdigest()[:24]
-    cached = cache_folder() / f"{key}.npy"
-    try:
-        return np.load(cached, allow_pickle=False)
-    except (OSError, ValueError):  # absent, or cut short
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or cut short
         pass
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = np.stack(list(pool.map(lambda file: decode(file, size), files)))
+    array = make()
+    beside = file.with_suffix(f".{os.getpid()}.part")
     try:
-        buffer = io.BytesIO()
-        np.save(buffer, images, allow_pickle=False)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        beside = cached.with_suffix(f".{os.getpid()}.part")
-        beside.write_bytes(buffer.getvalue())
-        beside.replace(cached)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        beside.replace(file)
     except OSError:  # a cache only saves time
-        pass
-    return images
+        beside.unlink(missing_ok=True)
+    return array
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept."""
+    """Where decoded images, and hashes of files, are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "replib"
-
-
-def decode(file: Path, size: int) -> np.ndarray:
-    """One image as uint8 (3, size, size)."""
-    from PIL import Image
-
-    with readable(file), Image.open(file) as image:
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            scale = size / min(image.size)
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-        return np.asarray(image).transpose(2, 0, 1)
 
 
 def augmented(x: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool) -> Tensor:
