@@ -247,8 +247,8 @@ def load_imagefolder(
             images.append(torch.from_numpy(pixels))
             hashed += [pixels, labels]
         else:
-            hashes, sizes = surveyed(list(part.values()))
-            images.append(Folder(files, size, image_resize, torch.from_numpy(sizes)))
+            hashes, sides = surveyed(list(part.values()))
+            images.append(Folder(files, size, image_resize, torch.from_numpy(sides)))
             hashed += [hashes, labels]
     if not resident:
         text = f"files {size} {image_resize} {text}"

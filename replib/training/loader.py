@@ -49,14 +49,14 @@ class Folder:
         len(folder); folder.shape; folder[torch.tensor([5, 2])]     # decoded at each use
 
     resize: the shorter side in pixels before the centre crop; None: size, nothing is lost there.
-    sizes: int32 (N, 2), height and width of every file, where known: boxes are drawn by them.
+    sides: int32 (N, 2), height and width of every file, where known: boxes are drawn by them.
     Raises: UserError, when decoding, that names a file which is no readable image.
     """
 
     files: Sequence[str]
     size: int
     resize: int | None = None
-    sizes: Tensor | None = field(default=None, repr=False)
+    sides: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.files)
