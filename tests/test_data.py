@@ -9,6 +9,7 @@ from torchvision.transforms import RandomCrop
 from replib.errors import UserError
 from replib.training import data
 from replib.training.data import augmented, derive, load, split
+from replib.training.loader import Folder, decode
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,139 @@ def test_imagefolder_mistakes_are_named(tmp_path):
         load("imagefolder")
     with pytest.raises(UserError, match="digits, cifar10"):
         load("mnist")
+
+
+def test_digests_of_images_in_memory_are_those_of_published_evidence(tmp_path):
+    """Computed by the first version of this code; a cell's key contains them."""
+    root = folder(tmp_path / "set")
+    natural = "b6a4d439f495b039bbce1f3f8ed1e48e49fd20c75c1b67cbb8e25093cb71850e"
+    resized = "d96d516bbb42f3af59100038722b1ee74f489ea3b186b63bd2c5a2872534c3b2"
+    assert load("imagefolder", str(root)).digest == natural
+    assert load("imagefolder", str(root), 4).digest == resized
+
+
+def photographs(root, images=20):
+    """A tree of random images of different sizes."""
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(images):
+                shape = (*random.integers(9, 20, 2), 3)
+                pixels = random.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.mark.parametrize("resize", [None, 11])
+def test_resident_and_streamed_images_are_the_same(tmp_path, resize):
+    root = photographs(tmp_path / "set")
+    resident = load("imagefolder", str(root), 8, resize)
+    streamed = load("imagefolder", str(root), 8, resize, resident=False)
+    assert isinstance(streamed.train_images, Folder) and streamed.in_channels == 3
+    for name in ("train_images", "test_images", "train_labels", "test_labels"):
+        assert torch.equal(getattr(streamed, name)[:], getattr(resident, name)), name
+    files = sorted((root / "train").glob("*/*"))
+    one_by_one = np.stack([decode(file, 8, resize) for file in files]).transpose(0, 3, 1, 2)
+    assert np.array_equal(resident.train_images, one_by_one)
+    with Image.open(files[7]) as image:
+        assert streamed.train_images.sides[7].tolist() == [image.height, image.width]
+    assert streamed.name == resident.name and streamed.digest != resident.digest
+
+
+def test_images_stay_in_their_files_above_the_limit(tmp_path, monkeypatch):
+    root = str(folder(tmp_path / "set"))  # 12 images
+    for limit, size, resident, kind in (
+        (12 * 3 * 4**2, 4, None, torch.Tensor),
+        (12 * 3 * 4**2 - 1, 4, None, Folder),
+        (12 * 3 * 4**2, 5, None, Folder),
+        (0, 4, True, torch.Tensor),
+        (1e9, 4, False, Folder),
+    ):
+        data.load.cache_clear()
+        monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
+        found = load("imagefolder", root, size, resident=resident)
+        assert type(found.train_images) is type(found.test_images) is kind
+
+
+def test_the_digest_of_files_follows_what_decides_the_pixels(tmp_path):
+    def digest(root, *size):
+        data.load.cache_clear()
+        return load("imagefolder", str(root), *(size or (4,)), resident=False).digest
+
+    def save(pixels, file):
+        Image.fromarray(pixels).save(file)
+
+    root = folder(tmp_path / "set")
+    before = digest(root)
+    assert digest(folder(tmp_path / "moved")) == before
+    assert len({before, digest(root, 5), digest(root, 4, 6)}) == 3
+    file = root / "val/dog/1.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"?")  # of the same length; the pixels stay
+    assert digest(root) != before
+    file.write_bytes(content)
+    assert digest(root) == before
+    (root / "train/cat/2.png").rename(root / "train/cat/3.png")  # the same images in order
+    assert digest(root) == before
+    (root / "train/cat/3.png").rename(root / "train/cat/00.png")
+    assert digest(root) != before
+    (root / "train/cat/00.png").rename(root / "train/cat/2.png")
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / "wolf")
+    assert digest(root) != before
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    root = folder(tmp_path / "set")
+    read = []
+    inspected = data.inspected
+    monkeypatch.setattr(data, "inspected", lambda file: read.append(file) or inspected(file))
+    for changed, reads in ((None, 12), (None, 0), ("train/dog/1.png", 3)):  # class by class
+        if changed:
+            Image.fromarray(np.zeros((7, 9, 3), np.uint8)).save(root / changed)
+        load("imagefolder", str(root), 4, resident=False)
+        data.load.cache_clear()
+        assert len(read) == reads
+        read.clear()
+
+
+def test_streamed_folders_name_their_mistakes(tmp_path):
+    root = folder(tmp_path / "set")
+    with pytest.raises(UserError, match=r"image_resize \(=3\) must be at least image_size \(=4\)"):
+        load("imagefolder", str(root), 4, 3)
+    (root / "train/dog/1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"train/dog/1\.png is not a readable image"):
+        load("imagefolder", str(root), 4, resident=False)
+
+
+def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):
+    def full(stream, array, allow_pickle):
+        stream.write(b"part")
+        raise OSError("no space")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(load("imagefolder", str(folder(tmp_path / "set"))).train_labels) == 6
+    assert list((tmp_path / "cache/replib").iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalised_is_the_plain_formula_to_the_bit(channels, layout):
+    """Every grey level of every channel."""
+    mean, deviation = (0.4914, 0.4822, 0.4465)[:channels], (0.2470, 0.2435, 0.2616)[:channels]
+    empty = torch.empty(0, channels, 16, 16)
+    some = data.Dataset("x", empty, empty, empty, empty, (), mean, deviation, "")
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, channels, 1, 1)
+    images = images.contiguous(memory_format=layout)
+    before = images.clone()
+    x = some.normalised(images)
+    shape = (1, -1, 1, 1)
+    plain = (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(deviation).view(
+        shape
+    )
+    assert torch.equal(x, plain) and torch.equal(images, before)
+    assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_crops_are_those_of_torchvision():
