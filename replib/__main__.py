@@ -12,6 +12,12 @@ from typing import NoReturn
 
 from replib.errors import UserError
 
+COMPILE = ("none", "auto", "default", "cudagraphs")
+COMPILE_HELP = (
+    "the training step (default: auto): none; default: by torch.compile; cudagraphs: and recorded "
+    "as one CUDA graph; auto: where the run is long enough to repay it"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is a `--help` away."""
@@ -39,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, again):
         command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
         command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
+        command.add_argument("--compile", choices=COMPILE, help=COMPILE_HELP)
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     run.add_argument(
         "--checkpoint-seconds", type=float, default=15, help="at most so much is done twice"
@@ -95,6 +102,7 @@ def network_commands(commands) -> None:
     train.add_argument(
         "--protocol", choices=("clean", "paper"), help="clean; paper: the test split selects"
     )
+    train.add_argument("--compile", choices=COMPILE, help=COMPILE_HELP)
     train.add_argument("--start", metavar="CKPT", help="a file, or the key of a trained cell")
     train.add_argument("--seed", type=int, default=0, help="0; of weights, order and split")
     train.add_argument(
@@ -145,6 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
         budget_seconds=positive("--budget-seconds", arguments.budget_seconds),
         checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
         device=arguments.device,
+        compile=arguments.compile or "auto",
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
     if arguments.out:
@@ -166,6 +175,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     for name, value in (
         ("REPLIB_WORKERS", positive("--workers", arguments.workers)),
         ("REPLIB_BUDGET_SECONDS", positive("--budget-seconds", arguments.budget_seconds)),
+        ("REPLIB_COMPILE", arguments.compile),
     ):
         if value is not None:
             os.environ[name] = str(value)
@@ -291,7 +301,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     given = {k: v for k, v in vars(arguments).items() if k in Cell.model_fields and v is not None}
     given |= named_data(arguments.data, arguments.data_dir)
-    train(given, arguments.set, arguments.out, device=arguments.device)
+    options = {"device": arguments.device, "compile": arguments.compile or "auto"}
+    train(given, arguments.set, arguments.out, **options)
 
 
 def test(arguments: argparse.Namespace) -> None:

@@ -107,6 +107,23 @@ def deployed_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def refill(deployed: nn.Module, model: nn.Module) -> None:
+    """Give a deployed copy the present values of its network, of which nothing else has changed."""
+    blocks = outermost(model, lambda module: isinstance(module, RepBlock | RepMLP))
+    inside = tuple(f"{name}." for name in blocks)
+    values = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
+    deployed.load_state_dict(values, strict=False)
+    for name, block in blocks.items():
+        layer = deployed.get_submodule(name)
+        if isinstance(block, RepBlock):
+            kernel = block.merged()
+            layer.weight.copy_(kernel.weight)
+            layer.bias.copy_(kernel.bias)
+        else:
+            layer.load_state_dict(block.deploy().state_dict())
+
+
+@torch.no_grad()
 def fuse(model: nn.Module, into: nn.Module | None = None) -> nn.Module:
     """A deployed copy of any network; the model is left as it is.
 

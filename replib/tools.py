@@ -150,10 +150,18 @@ def check_out(out: Path, source: Path | None = None) -> None:
 
 
 # -- train -----------------------------------------------------------------------------------------
-def train(given: dict, settings: list[str], out: Path, *, device: str | None = None) -> None:
+def train(
+    given: dict,
+    settings: list[str],
+    out: Path,
+    *,
+    device: str | None = None,
+    compile: str = "auto",
+) -> None:
     """Train one cell, or go on with it, and write the selected network to a safetensors file.
 
-    given: keys of `Cell`, over `DEFAULTS`; settings: "key=value" over these.
+    given: keys of `Cell`, over `DEFAULTS`; settings: "key=value" over these; compile: of
+    replib.training.step.MODES.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out (={str(out)!r}) must end in .safetensors.")
@@ -162,7 +170,8 @@ def train(given: dict, settings: list[str], out: Path, *, device: str | None = N
     plan = plan_of(apply_settings(values, settings), store)
     check_out(out)
     planned = list(plan.cells.values())[-1]
-    trained = run_plan(plan, store, workers=1, device=device, title="train:").trained
+    options = {"workers": 1, "device": device, "compile": compile, "title": "train:"}
+    trained = run_plan(plan, store, **options).trained
     model, result = trained_model(planned, store), store.read(planned.key)["result"]
     save_model(model, out)
     final, deployed, epochs = result["final"], result["deployed"], planned.epochs

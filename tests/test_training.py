@@ -1,5 +1,6 @@
 """The training loop: schedules, selection, phases, and resuming bit for bit."""
 
+import copy
 import io
 import math
 
@@ -10,22 +11,16 @@ import torch.nn.functional as F
 from replib.methods.cycle import Cycle, decay_groups
 from replib.models import build
 from replib.networks import outermost_blocks
+from replib.training.augmentation import Augmentation
 from replib.training.data import load, split
-from replib.training.loop import (
-    OutOfTime,
-    Recipe,
-    Task,
-    accuracy,
-    cosine,
-    deployed_report,
-    fit,
-    training_flops,
-)
+from replib.training.evaluation import Split, accuracy, deployed_report
+from replib.training.loop import OutOfTime, Recipe, Task, cosine, fit, training_flops
 
 RECIPE = dict(
     phases=2, epochs=3, batch_size=32, learning_rate=0.3, momentum=0.9, nesterov=True,
-    weight_decay=1e-3, clip_norm=5.0, clip="decayed", crop_padding=1, flip=False,
-    next_start="best", select="validation", reseed_each_phase=False,
+    weight_decay=1e-3, clip_norm=5.0, clip="decayed",
+    augmentation=Augmentation(crop_padding=1), next_start="best", select="validation",
+    reseed_each_phase=False,
 )  # fmt: skip
 
 
@@ -103,7 +98,7 @@ def test_a_deadline_leaves_a_checkpoint():
     kept = []
     with pytest.raises(OutOfTime):
         fit(task(), checkpoint=kept.append, deadline=0.0)
-    assert len(kept) == 1 and len(kept[0]["progress"]["history"]) == 1
+    assert len(kept) == 1 and kept[0]["progress"]["batch"] == 1  # one step, then it stopped
     assert fit(task(), resume=kept[0]).history == fit(task()).history
 
 
@@ -127,11 +122,15 @@ def test_a_phase_goes_on_from_the_best_or_the_last(next_start):
             start.append({k: v.clone() for k, v in self.model.state_dict().items()})
             super().start_cycle(images)
 
-    run = task(next_start=next_start, epochs=6, learning_rate=2.0, momentum=0.0, nesterov=False)
+    run = task(next_start=next_start, epochs=6, learning_rate=4.0, momentum=0.0, nesterov=False)
     run.method = Watch(run.model, warmup=2, restructure="none")
     kept = []
-    done = fit(run, checkpoint=lambda s: kept.append((s["progress"]["epoch"], {
-        k: v.clone() for k, v in s["model"].items()})), checkpoint_seconds=-1)  # fmt: skip
+
+    def keep(state):
+        if state["progress"]["batch"] == 0:  # at the end of an epoch
+            kept.append((state["progress"]["epoch"], copy.deepcopy(state["model"])))
+
+    done = fit(run, checkpoint=keep, checkpoint_seconds=-1)
     first = [epoch for epoch in done.history if epoch["phase"] == 0]
     best = max(range(6), key=lambda i: (first[i]["validation_accuracy"], i))
     wanted = kept[best if next_start == "best" else 5][1]
@@ -142,7 +141,7 @@ def test_a_phase_goes_on_from_the_best_or_the_last(next_start):
 @pytest.mark.parametrize("reseed", [False, True])
 def test_phases_see_a_new_order_unless_reseeded(reseed):
     orders = []
-    run = task(method=False, reseed_each_phase=reseed, crop_padding=0)
+    run = task(method=False, reseed_each_phase=reseed, augmentation=Augmentation())
     run.loss = lambda logits, labels, inputs: (
         orders.append(labels.tolist()),
         F.cross_entropy(logits, labels),
@@ -169,7 +168,7 @@ def test_the_logged_accuracy_is_that_of_the_current_rate():
     run.method = Cycle(run.model, warmup=50, rate_schedule="ramp")
     done = fit(run)
     model, digits = run.model.eval(), run.data
-    now = accuracy(model, digits, digits.test_images, digits.test_labels, "cpu")
+    now = accuracy(model, Split.test(digits, "cpu"))
     assert abs(now - done.history[-1]["test_accuracy"]) < 2 / 797
     for block in outermost_blocks(model).values():
         assert block.rate.item() == pytest.approx(done.history[-1]["rate"])
@@ -187,7 +186,7 @@ def test_flops_are_those_of_the_convolutions():
     ]
     last = run.model.fc.in_features * 10
     assert student == 2 * (3 * sum(macs) - macs[0] + 3 * last)
-    report = deployed_report(run.model, run.data, "cpu")
+    report = deployed_report(run.model, Split.test(run.data, "cpu"))
     plain = [9 * b.in_channels * b.out_channels * s for b, s in zip(blocks, space, strict=True)]
     assert report["flops"] == 2 * (sum(plain) + last)
     assert report["fusing_error"] < 1e-5

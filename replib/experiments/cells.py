@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import re
 import resource
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from replib import machine
 from replib.blocks import BLOCKS
@@ -25,7 +28,9 @@ from replib.methods import cycle, distill
 from replib.models import BODY_VERSIONS, build
 from replib.training import checkpoint, loop
 from replib.training.data import Dataset, Splits, derive, load, split
+from replib.training.evaluation import Split, deployed_report
 from replib.training.loop import Recipe, Task, fit
+from replib.training.step import chosen
 
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
 
@@ -87,8 +92,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
 
 def key_of(cell: Cell, data_digest: str) -> str:
     """SHA-256 over the resolved parameters, the data's digest and the versions."""
-    parameters = cell.model_dump(exclude={"data_dir"})
-    return sha256({"parameters": parameters, "data": data_digest, "versions": versions_of(cell)})
+    versions = versions_of(cell)
+    return sha256({"parameters": cell.in_key, "data": data_digest, "versions": versions})
 
 
 def plan(table: Table, store: Store | None = None) -> Plan:
@@ -247,13 +252,17 @@ def run_cell(
     store: Store,
     *,
     device: str = "cpu",
+    compile: str = "none",
+    decoders: int | None = None,
     deadline: float | None = None,
     checkpoint_seconds: float = 15,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[..., None] = lambda resumed=0: None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Train one cell, or go on with it, and leave its evidence and weights in the store.
 
+    tick: called after every epoch, and before all with the number of those that were done before.
+    compile: of replib.training.step.MODES; decoders: processes that read image files.
     Raises: replib.training.loop.OutOfTime at the deadline, after a checkpoint.
     """
     cell, key = planned.cell, planned.key
@@ -279,14 +288,21 @@ def run_cell(
         seed=cell.seed,
         method=method,
         device=device,
+        decoders=decoders,
+        compile=chosen(
+            compile,
+            device,
+            flops=cost_of(planned, plan_cells),
+            steps=planned.epochs * math.ceil(len(splits.train) / cell.batch_size),
+        ),
+        say=say,
     )
-    flops, teacher_flops = loop.training_flops(task)
     resume, problem = store.load(key, "checkpoint")
     if problem:
         say(problem)
     spent = resume["seconds"] if resume else 0.0
-    for _ in resume["progress"]["history"] if resume else ():
-        tick()  # so that the bar begins where the run goes on
+    if resume:
+        tick(len(resume["progress"]["history"]))  # so that the bar begins where the run goes on
 
     def keep(state: dict) -> None:
         store.save(key, "checkpoint", state | {"seconds": spent + time.monotonic() - started})
@@ -300,6 +316,7 @@ def run_cell(
         tick=tick,
     )
     model.load_state_dict(progress.best["weights"])
+    flops, teacher_flops = loop.training_flops(task)
     images = planned.epochs * len(splits.train)
     selected = progress.history[progress.best["index"]]
     result = {
@@ -319,7 +336,7 @@ def run_cell(
             "selected_epoch": progress.best["index"],
             "selected": selected["test_accuracy"],
         },
-        "deployed": loop.deployed_report(model, data, device),
+        "deployed": deployed_report(model, Split.test(data, device)),
         "compute": {
             "epochs": planned.epochs,
             "training_flops": flops * images,
@@ -327,7 +344,34 @@ def run_cell(
         },
     }
     store.save(key, "weights", {"model": progress.best["weights"]})
-    store.write(key, result, context(device, spent + time.monotonic() - started))
+    seconds = spent + time.monotonic() - started
+    store.write(key, result, context(device, seconds, cell.precision, task.compile))
+
+
+def cost_of(planned: Planned, plan_cells: dict[str, Planned]) -> float:
+    """Training FLOPs of a cell, by shapes alone: the student's forward three times, the teacher's
+    once. An estimate, for deciding; `loop.training_flops` measures what evidence says."""
+    cell = planned.cell
+    flops = 3 * forward_flops(*network_of(cell))
+    if cell.teacher in plan_cells:
+        flops += forward_flops(*network_of(plan_cells[cell.teacher].cell))
+    return flops * planned.epochs * len(split_of(cell).train)
+
+
+def network_of(cell: Cell) -> tuple:
+    """What `forward_flops` needs to know of a cell."""
+    data = dataset(cell)
+    sides = (cell.resized_crop,) * 2 if cell.resized_crop else tuple(data.train_images.shape[-2:])
+    return cell.body, cell.block, len(data.classes), (data.in_channels, *sides)
+
+
+@functools.lru_cache
+def forward_flops(body: str, block: str, classes: int, shape: tuple[int, int, int]) -> int:
+    """FLOPs of the training form's forward pass on one image of `shape` (C, H, W)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
+        model = build(body, block, classes=classes, in_channels=shape[0])
+        model(torch.empty(2, *shape))
+    return counter.get_total_flops() // 2
 
 
 def cycle_of(cell: Cell, model: nn.Module) -> cycle.Cycle | None:
@@ -342,6 +386,7 @@ def recipe_of(cell: Cell) -> Recipe:
     names = Recipe.__dataclass_fields__.keys() & Cell.model_fields.keys()
     return Recipe(
         **{name: getattr(cell, name) for name in names},
+        augmentation=cell.augmentation(),
         select="test" if cell.protocol == "paper" else "validation",
         reseed_each_phase=cell.cycle is not None and cell.cycle.reseed,
     )
@@ -380,7 +425,7 @@ def best_of(history: list[dict], name: str) -> dict | None:
     return {"epoch": index, "test_accuracy": history[index]["test_accuracy"]}
 
 
-def context(device: str, seconds: float) -> dict:
+def context(device: str, seconds: float, precision: str, compile: str) -> dict:
     """Where and how a cell was run; not part of the hashed result.
 
     The peak of memory is that of the worker process so far, which may have run other cells.
@@ -390,7 +435,9 @@ def context(device: str, seconds: float) -> dict:
     )
     on_gpu = device.startswith("cuda")
     return machine.context(device, home(), ("torch", "torchvision", "numpy")) | {
-        "precision": "float32",
+        "precision": precision,
+        "evaluation_precision": "float32",
+        "compile": compile,
         "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
         "wall_seconds": round(seconds, 2),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,

@@ -1,4 +1,4 @@
-"""Cells in parallel on this machine: worker processes of one thread each."""
+"""Cells in parallel on this machine: worker processes of one thread each, or sharing a GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ import torch
 from tqdm import tqdm
 
 from replib.errors import UserError
-from replib.experiments.cells import Plan, Planned, run_cell
+from replib.experiments.cells import Plan, Planned, cost_of, run_cell
+from replib.experiments.packing import Packing
 from replib.experiments.store import Store
 from replib.training.checkpoint import write_bytes
+from replib.training.loader import cores
 from replib.training.loop import OutOfTime
+from replib.training.step import chosen
 
+GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
 _ticks = None  # set in each worker by its initializer
 
 
@@ -34,11 +38,15 @@ class Outcome:
 
 
 def start_worker(ticks, threads: int) -> None:
-    """In a new worker: one thread, deterministic, and gone as soon as its parent is."""
+    """In a new worker: one thread, deterministic, and gone as soon as its parent is.
+
+    One thread also where cores are left over: more would change the order of sums, and so bits.
+    """
     global _ticks
     _ticks = ticks
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     parent = multiprocessing.parent_process()
 
@@ -49,29 +57,27 @@ def start_worker(ticks, threads: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def work(
-    planned: Planned,
-    cells: dict[str, Planned],
-    store: Store,
-    device: str,
-    deadline: float | None,
-    checkpoint_seconds: float,
-) -> bool:
-    """In a worker: one cell. True when it was finished, False when time ran out."""
+def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dict) -> str:
+    """In a worker: one cell, with options of `run_cell`.
+
+    "finished"; "late" where time ran out, "crowded" where the GPU's memory did: both go on later.
+    """
+    on_gpu = options["device"].startswith("cuda")
+
+    def tick(resumed: int = 0) -> None:
+        memory = torch.cuda.mem_get_info() if on_gpu and not resumed else None
+        _ticks.put((planned.key, resumed or 1, time.monotonic(), memory))
+
     try:
-        run_cell(
-            planned,
-            cells,
-            store,
-            device=device,
-            deadline=deadline,
-            checkpoint_seconds=checkpoint_seconds,
-            tick=lambda: _ticks.put(1),
-            say=_ticks.put,
-        )
-        return True
+        run_cell(planned, cells, store, tick=tick, say=_ticks.put, **options)
+        return "finished"
     except OutOfTime:
-        return False
+        return "late"
+    except torch.OutOfMemoryError as error:
+        if error.__traceback__ is not None:  # frames hold the cell's tensors
+            traceback.clear_frames(error.__traceback__)
+        torch.cuda.empty_cache()
+        return "crowded"
     except (UserError, OSError):
         raise
     except Exception as error:  # a fault of ours: one line for the user, the rest in a file
@@ -95,26 +101,47 @@ def device_here(wanted: str | None) -> str:
     return wanted or ("cuda" if here else "cpu")
 
 
+def urgency(missing: list[Planned], costs: dict[str, float]) -> dict[str, float]:
+    """key -> cost of a cell and of the longest line of cells that wait for it.
+
+    The most urgent first leaves no long tail to one worker (Graham's list scheduling by the
+    longest path; SIAM J. Appl. Math. 1969).
+    """
+    out: dict[str, float] = {}
+    for planned in reversed(missing):  # children before parents
+        after = [out[p.key] for p in missing if planned.key in p.parents.values()]
+        out[planned.key] = costs[planned.key] + max(after, default=0.0)
+    return out
+
+
 def run_plan(
     plan: Plan,
     store: Store,
     *,
     workers: int | None = None,
     device: str | None = None,
+    compile: str = "auto",
     budget_seconds: float | None = None,
     checkpoint_seconds: float = 15,
     title: str = "",
 ) -> Outcome:
     """Train the missing cells, parents before children, with progress and time left.
 
+    workers: cells at once; by default one for each core, on a GPU as many as make them faster
+    (`packing`). compile: of replib.training.step.MODES.
+    budget_seconds: new cells are started until it is over, whether or not they can finish; then
+    each writes its checkpoint after the step it is at. One that has not, `GRACE` seconds later, is
+    stopped, and goes on from the checkpoint before.
     It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
     Raises: UserError where results cannot be written, or a worker died.
     """
-    device = device_here(device)
+    started, device = time.monotonic(), device_here(device)
+    deadline = None if budget_seconds is None else started + budget_seconds
     missing = plan.missing(store)
     present = len(plan.cells) - len(missing)
     if not missing:
         return Outcome(0, present, 0)
+    chosen(compile, device, flops=0, steps=0)  # refuses what this device does not have
     try:
         store.runs.mkdir(parents=True, exist_ok=True)
         probe = store.runs / f".writable.{os.getpid()}"
@@ -125,14 +152,16 @@ def run_plan(
             f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
             "permissions."
         ) from None
-    workers = min(workers or os.cpu_count() or 1, len(missing))
-    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+    costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
+    first = urgency(missing, costs)
+    waiting = {p.key: p for p in sorted(missing, key=lambda p: -first[p.key])}
+    most = min(workers or cores(), len(missing))
+    packing = Packing(most) if device.startswith("cuda") and workers is None else None
     spawn = multiprocessing.get_context("spawn")
-    waiting = {planned.key: planned for planned in missing}
     running: dict[Future, Planned] = {}
     trained = stopped = 0
     ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (ticks, 1))
+    pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1))
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
         desc=f"{title} {len(missing)} cells".strip(),
@@ -145,27 +174,47 @@ def run_plan(
     try:
         while waiting or running:
             late = deadline is not None and time.monotonic() > deadline
+            if late and time.monotonic() > deadline + GRACE:
+                break
+            now_running = {planned.key for planned in running.values()}
             for key, planned in list(waiting.items()):
                 # Submitted only when a worker is free, so that a budget can stop the rest.
-                blocked = any(
-                    parent in waiting or parent in {p.key for p in running.values()}
-                    for parent in planned.parents.values()
-                )
-                if late or blocked or len(running) >= workers:
+                limit = most if packing is None else packing.wanted
+                blocked = any(p in waiting or p in now_running for p in planned.parents.values())
+                if late or blocked or len(running) >= limit:
                     continue
                 family = {k: plan.cells[k] for k in (key, *planned.parents.values())}
-                options = (store, device, deadline, checkpoint_seconds)
-                running[pool.submit(work, planned, family, *options)] = planned
+                options = {
+                    "device": device,
+                    "compile": compile,
+                    "decoders": max(1, cores() // limit),
+                    "deadline": deadline,
+                    "checkpoint_seconds": checkpoint_seconds,
+                }
+                running[pool.submit(work, planned, family, store, options)] = planned
+                now_running.add(key)
                 del waiting[key]
             if not running:
                 break
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
-            drain(ticks, bar)
+            for key, _epochs, now, memory in drain(ticks, bar):
+                if packing is not None and key in now_running and memory is not None:
+                    packing.memory(len(now_running), *memory)
+                    epoch = costs[key] / plan.cells[key].epochs
+                    packing.tick(frozenset(now_running), key, epoch, now)
             for future in done:
-                finished = future.result()
-                running.pop(future)
-                trained += finished
-                stopped += not finished
+                end, planned = future.result(), running.pop(future)
+                trained += end == "finished"
+                stopped += end == "late"
+                if end == "crowded":
+                    if packing is None or len(now_running) == 1:
+                        raise UserError(
+                            f"cell {planned.key[:16]} ({', '.join(planned.rows)}) needs more "
+                            "memory than the GPU has: choose a smaller batch_size, or fewer "
+                            "--workers."
+                        )
+                    packing.out_of_memory(len(now_running))
+                    waiting = {planned.key: planned, **waiting}
         drain(ticks, bar)
     except BrokenProcessPool:
         raise UserError(
@@ -183,14 +232,17 @@ def run_plan(
         for process in list((pool._processes or {}).values()):
             process.terminate()  # nothing is lost: see the docstring
         pool.shutdown(wait=True, cancel_futures=True)
-    return Outcome(trained, present, stopped + len(waiting))
+    return Outcome(trained, present, stopped + len(running) + len(waiting))
 
 
-def drain(ticks, bar: tqdm) -> None:
-    """Show what workers sent: an epoch that is finished, or a word for the user."""
+def drain(ticks, bar: tqdm) -> list[tuple]:
+    """Show what workers sent: a word for the user, or an epoch that is finished; returns these."""
+    epochs = []
     while not ticks.empty():
         sent = ticks.get()
         if isinstance(sent, str):
             bar.write(sent, file=sys.stderr)
         else:
-            bar.update(sent)
+            bar.update(sent[1])
+            epochs.append(sent)
+    return epochs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,13 +23,16 @@ from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
 from replib.models import BODIES, build
+from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
+from replib.training.step import PRECISIONS
 
 Positive = Annotated[int, Field(ge=1, le=10**6)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
 Pixels = Annotated[int, Field(ge=0, le=100)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
 Restructure, Freeze = Literal[tuple(RESTRUCTURE)], Literal[tuple(FREEZE)]
 RateSchedule = Literal[tuple(RATE_SCHEDULES)]
@@ -81,8 +85,28 @@ class Cell(Strict):
     decay: Literal["all", "weights"] = "all"
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     clip: Literal["all", "decayed"] = "all"
+    precision: Literal[tuple(PRECISIONS)] = "float32"  # of training; evaluation is in float32
+    # Augmentation (replib.training.augmentation says what each of them does).
     crop_padding: Pixels = 0
     flip: bool = False
+    resized_crop: Annotated[int, Field(ge=0, le=10**4)] = 0
+    crop_area: Pair = [0.08, 1.0]
+    crop_ratio: Pair = [3 / 4, 4 / 3]
+    crop_interpolation: str = "bilinear"
+    policy: str = ""
+    policy_interpolation: str = "nearest"
+    fill: Annotated[list[int], Field(min_length=1, max_length=3)] = [0]
+    brightness: Rate = 0.0
+    contrast: Rate = 0.0
+    saturation: Rate = 0.0
+    hue: Fraction = 0.0
+    lighting: Rate = 0.0
+    erasing: Fraction = 0.0
+    cutout: Annotated[int, Field(ge=0, le=10**4)] = 0
+    mixup: Rate = 0.0
+    cutmix: Rate = 0.0
+    mix_each: bool = False
+    label_smoothing: Fraction = 0.0
     next_start: Literal["best", "last"] = "best"
     cycle: CycleParams | None = None
     distill: DistillParams | None = None
@@ -94,6 +118,10 @@ class Cell(Strict):
         """Rules between keys."""
         if self.image_size is not None and self.data != "imagefolder":
             raise ValueError(f"image_size (={self.image_size}) is for data=imagefolder only")
+        try:
+            self.augmentation()
+        except UserError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov (=true) needs momentum above 0")
         if (self.distill is None) != (self.teacher is None):
@@ -105,6 +133,32 @@ class Cell(Strict):
                     f"below epochs (={self.epochs}): the main branch would never train"
                 )
         return self
+
+    def augmentation(self) -> Augmentation:
+        """What is done to its training images. Raises: UserError where keys do not agree."""
+        values = {field.name: getattr(self, field.name) for field in fields(Augmentation)}
+        return Augmentation(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
+
+    @property
+    def in_key(self) -> dict[str, Any]:
+        """The parameters that its key is made of. Keys that were added since the first evidence
+        enter it only where they are set, so that the key of no older cell changes."""
+        first = self.model_dump(exclude={"data_dir"})
+        return {
+            name: value
+            for name, value in first.items()
+            if name not in ADDED or value != Cell.model_fields[name].default
+        }
+
+
+# Keys that cells did not have at first. A new key goes here, with a default that changes nothing.
+ADDED = {
+    "precision", "resized_crop", "crop_area", "crop_ratio", "crop_interpolation", "policy",
+    "policy_interpolation", "fill", "brightness", "contrast", "saturation", "hue", "lighting",
+    "erasing", "cutout", "mixup", "cutmix", "mix_each", "label_smoothing",
+}  # fmt: skip
 
 
 def fragment(model: type[Strict]) -> type[Strict]:

@@ -202,9 +202,14 @@ class Cycle:
         """The lambda of the current epoch."""
         return self.rate_at(self.current_epoch, self.warmup)
 
+    @property
+    def holds(self) -> bool:
+        """Whether `after_backward` holds the main branch still in this epoch."""
+        return self.freeze != "none" and self.current_epoch < self.warmup
+
     def after_backward(self) -> None:
         """Call after backward (and clipping), before the step: holds the main branch still."""
-        if self.freeze == "none" or self.current_epoch >= self.warmup:
+        if not self.holds:
             return
         for block in self.blocks.values():
             for parameter in block.main_branch.parameters():

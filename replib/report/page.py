@@ -151,6 +151,7 @@ class Page:
             return
         options.setdefault("workers", int(workers) if workers else None)
         options.setdefault("budget_seconds", float(budget) if budget else None)
+        options.setdefault("compile", os.environ.get("REPLIB_COMPILE") or "auto")
         done = self.results.train(**options)
         left = f", {done.out_of_time} not finished in the time given" if done.out_of_time else ""
         print(f"{done.trained} cells trained, {done.present} were there{left}", flush=True)

@@ -2,7 +2,11 @@
 
 A plain run is one phase. A cycle is several: at the start of each, the method restructures the
 network. Everything random is drawn from (seed, purpose, phase, epoch), so a run that is killed and
-resumed at an epoch computes what the undisturbed run computes, bit for bit on the same CPU.
+resumed computes what the undisturbed run computes, bit for bit on the same CPU where nothing is
+compiled. It stops and goes on between any two steps.
+
+Within an epoch nothing waits for the device: images, labels, their order and all random numbers of
+the epoch are there at its start, and its loss is read at its end.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib.fusing import deployed_copy
-from replib.training.data import Dataset, augmented, derive
+from replib.fusing import deployed_copy, refill
+from replib.training import loader
+from replib.training.augmentation import Augmentation
+from replib.training.data import Dataset, derive
+from replib.training.evaluation import Normalise, Split, accuracy, relative_jump
+from replib.training.loader import Folder
+from replib.training.step import Step, set_rate, sgd
 
-VERSION = 1  # raise when the numbers of a training run change
-EVALUATION_BATCH = 1000
+VERSION = 2  # raise when the numbers of a training run change
 PROBE_IMAGES = 256  # un-augmented training images on which a function jump is measured
 
 
@@ -43,11 +52,11 @@ class Recipe:
     weight_decay: float
     clip_norm: float | None
     clip: str  # "all", or "decayed": the group with weight decay only, as RepAn's cycles
-    crop_padding: int
-    flip: bool
+    augmentation: Augmentation
     next_start: str  # the next phase goes on from the "best" or the "last" epoch
     select: str  # "validation" or "test"
     reseed_each_phase: bool  # every phase sees the same order, as RepAn's released code
+    precision: str = "float32"  # of replib.training.step.PRECISIONS
 
 
 @dataclass
@@ -60,10 +69,13 @@ class Task:
     validation: Tensor
     recipe: Recipe
     groups: Callable[[], list[dict]]  # parameter groups for a new optimizer
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, labels, inputs) -> scalar
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, targets, inputs) -> scalar
     seed: int
     method: object | None = None  # start_cycle, epoch, after_backward, state_dict: see Cycle
     device: str = "cpu"
+    decoders: int | None = None  # processes that read image files; None: as many as cores
+    compile: str = "none"  # of replib.training.step.MODES, not "auto"; after `fit`: what ran
+    say: Callable[[str], None] = print  # takes a line for the user
 
 
 @dataclass
@@ -71,7 +83,9 @@ class Progress:
     """All that a resumed run needs, besides the model."""
 
     phase: int = 0
-    epoch: int = 0  # of this phase: the next one to run
+    epoch: int = 0  # of this phase: the one to run, or to go on with
+    batch: int = 0  # of this epoch: the next one to run
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over this epoch's images
     history: list[dict] = field(default_factory=list)
     restarts: list[dict] = field(default_factory=list)
     best: dict | None = None  # {"score", "index", "weights"} over the whole run
@@ -81,21 +95,6 @@ class Progress:
 def cosine(epoch: int, epochs: int, base: float) -> float:
     """base / 2 (1 + cos(pi epoch / epochs)): base at 0, 0 at the end (Loshchilov, 2017)."""
     return base / 2 * (1 + math.cos(math.pi * epoch / epochs))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset, images: Tensor, labels: Tensor, device: str) -> float:
-    """The fraction of images whose largest logit is their label; model in eval mode."""
-    right = 0
-    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        x = data.normalised(x, device).contiguous(memory_format=torch.channels_last)
-        right += (model(x).argmax(1).cpu() == y).sum().item()
-    return right / len(labels)
-
-
-def relative_jump(before: Tensor, after: Tensor) -> float:
-    """max |after - before| / max |before|, of logits."""
-    return float(f"{((after - before).abs().max() / before.abs().max()).item():.4g}")
 
 
 def fit(
@@ -110,154 +109,246 @@ def fit(
     """Train; returns the history and the selected weights.
 
     resume: what `checkpoint` was given by a run that was stopped.
-    deadline: `time.monotonic()` after which the run checkpoints and raises OutOfTime.
+    deadline: `time.monotonic()` after which the run checkpoints and raises OutOfTime; at least one
+    step, or one evaluation, is done before.
     tick: called after every epoch.
     """
-    model = task.model.to(task.device, memory_format=torch.channels_last)
-    recipe = task.recipe
-    progress, optimizer = Progress(), None
-    train_images = task.data.train_images[task.train].to(task.device)
-    train_labels = task.data.train_labels[task.train].to(task.device)
-    probe = task.data.normalised(train_images[:PROBE_IMAGES], task.device)
-    if resume is not None:
-        progress = Progress(**resume["progress"])
-        model.load_state_dict(resume["model"])
-        if task.method is not None:
-            task.method.load_state_dict(resume["method"])
-        optimizer = make_optimizer(task)
-        optimizer.load_state_dict(resume["optimizer"])
-    written = time.monotonic()
-    while progress.phase < recipe.phases:
-        if optimizer is None:
-            start_phase(task, progress, probe)
-            optimizer = make_optimizer(task)
-        while progress.epoch < recipe.epochs:
+    gpus = [task.device] if task.device.startswith("cuda") else []
+    with torch.random.fork_rng(gpus):  # what a network draws itself is seeded, see `train_epoch`
+        return Run(task, checkpoint, checkpoint_seconds, deadline, tick).whole(resume)
+
+
+class Run:
+    """One call of `fit`."""
+
+    def __init__(
+        self,
+        task: Task,
+        checkpoint: Callable[[dict], None] | None,
+        checkpoint_seconds: float,
+        deadline: float | None,
+        tick: Callable[[], None],
+    ):
+        self.task, self.checkpoint, self.tick = task, checkpoint, tick
+        self.seconds, self.deadline = checkpoint_seconds, deadline
+        self.written, self.worked = time.monotonic(), False
+        data, device = task.data, task.device
+        self.model = task.model.to(device, memory_format=torch.channels_last)
+        self.normalise = Normalise(data, device, next(self.model.parameters()).dtype)
+        self.images = data.train_images
+        if isinstance(self.images, Tensor):
+            self.images = self.images.to(device)
+        self.labels = data.train_labels.to(device)
+        self.test = Split.test(data, device)
+        self.held_out = Split(self.images, data.train_labels, task.validation, data, device)
+        self.step: Step | None = None
+        self.deployed: nn.Module | None = None
+        self.progress = Progress(loss=torch.zeros((), device=device))
+
+    def whole(self, resume: dict | None) -> Progress:
+        """All phases, or what is left of them."""
+        task, recipe = self.task, self.task.recipe
+        if resume is not None:
+            self.progress = Progress(**resume["progress"])
+            self.progress.loss = self.progress.loss.to(task.device)
+            self.model.load_state_dict(resume["model"])
             if task.method is not None:
-                task.method.epoch(progress.epoch)
-            rate = cosine(progress.epoch, recipe.epochs, recipe.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = train_epoch(task, optimizer, train_images, train_labels, progress)
-            record(task, progress, rate, loss)
-            progress.epoch += 1
-            tick()
-            late = deadline is not None and time.monotonic() > deadline
-            due = time.monotonic() - written > checkpoint_seconds
-            if checkpoint is not None and (late or due):
-                checkpoint(
-                    {
-                        "progress": vars(progress),
-                        "model": model.state_dict(),
-                        "method": task.method.state_dict() if task.method is not None else {},
-                        "optimizer": optimizer.state_dict(),
-                    }
-                )
-                written = time.monotonic()
-            if late:
-                raise OutOfTime
-        progress.phase, progress.epoch, optimizer = progress.phase + 1, 0, None
-    return progress
+                task.method.load_state_dict(resume["method"])
+            self.prepare_step()
+            self.step.optimizer.load_state_dict(resume["optimizer"])
+        progress, started = self.progress, resume is not None
+        while progress.phase < recipe.phases:
+            if not started:
+                self.start_phase()
+                self.prepare_step()
+            while progress.epoch < recipe.epochs:
+                if task.method is not None:
+                    task.method.epoch(progress.epoch)
+                rate = cosine(progress.epoch, recipe.epochs, recipe.learning_rate)
+                set_rate(self.step.optimizer, rate)
+                self.train_epoch()
+                self.record(rate)
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+                progress.loss = torch.zeros_like(progress.loss)
+                self.tick()
+                self.pause()
+            progress.phase, progress.epoch, started = progress.phase + 1, 0, False
+        task.compile = self.step.mode if self.step is not None else task.compile
+        return progress
 
+    def pause(self) -> None:
+        """Between two steps: write the checkpoint that is due; stop where time is over."""
+        now = time.monotonic()
+        late = self.deadline is not None and now > self.deadline and self.worked
+        if self.checkpoint is not None and (late or now - self.written > self.seconds):
+            method = self.task.method
+            self.checkpoint(
+                {
+                    "progress": vars(self.progress),
+                    "model": self.model.state_dict(),
+                    "method": method.state_dict() if method is not None else {},
+                    "optimizer": self.step.optimizer.state_dict(),
+                }
+            )
+            self.written = time.monotonic()
+        if late:
+            raise OutOfTime
 
-def make_optimizer(task: Task) -> torch.optim.SGD:
-    """A new SGD over the task's parameter groups."""
-    recipe = task.recipe
-    return torch.optim.SGD(
-        task.groups(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-    )
+    def start_phase(self) -> None:
+        """Go on from the selected weights of the phase before, and let the method restructure."""
+        model, progress, method = self.model, self.progress, self.task.method
+        if progress.phase and self.task.recipe.next_start == "best":
+            model.load_state_dict(progress.phase_best["weights"])
+        progress.phase_best = None
+        if method is None:
+            return
+        first = self.task.train[:PROBE_IMAGES]
+        probe = self.normalise(next(loader.batches(self.images, [first], self.task.device)))
+        with torch.no_grad():
+            before = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
+            method.start_cycle(probe)
+            after = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
+        progress.restarts.append(
+            {
+                "phase": progress.phase,
+                "jump_eval": relative_jump(before[0], after[0]),
+                "jump_train": relative_jump(before[1], after[1]),
+                "same_class": (before[0].argmax(1) == after[0].argmax(1)).double().mean().item(),
+            }
+        )
 
+    def prepare_step(self) -> None:
+        """A fresh optimizer. The compiled step goes on where only values have changed, as in
+        RepAn's cycle; where modules or shapes have, it is built anew."""
+        if self.step is not None and self.step.fits:
+            self.step.restart()
+            return
+        if self.step is not None:
+            torch.compiler.reset()  # what was compiled for the old structure is of no use
+        self.deployed = None
+        task, recipe = self.task, self.task.recipe
+        optimizer = sgd(task.groups(), momentum=recipe.momentum, nesterov=recipe.nesterov)
+        clipped = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if recipe.clip == "all" or group["weight_decay"]
+        ]
+        method = task.method
+        self.step = Step(
+            self.model,
+            optimizer,
+            self.objective,
+            batch=min(recipe.batch_size, len(task.train)),
+            clipped=clipped,
+            clip_norm=recipe.clip_norm,
+            after_backward=(lambda: None) if method is None else method.after_backward,
+            variant=lambda: getattr(method, "holds", None),
+            precision=recipe.precision,
+            compile=task.compile,
+            say=task.say,
+        )
 
-def start_phase(task: Task, progress: Progress, probe: Tensor) -> None:
-    """Go on from the selected weights of the phase before, and let the method restructure."""
-    model = task.model
-    if progress.phase and task.recipe.next_start == "best":
-        model.load_state_dict(progress.phase_best["weights"])
-    progress.phase_best = None
-    if task.method is None:
-        return
-    with torch.no_grad():
-        before = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
-        task.method.start_cycle(probe)
-        after = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
-    progress.restarts.append(
-        {
-            "phase": progress.phase,
-            "jump_eval": relative_jump(before[0], after[0]),
-            "jump_train": relative_jump(before[1], after[1]),
-            "same_class": (before[0].argmax(1) == after[0].argmax(1)).double().mean().item(),
-        }
-    )
+    def objective(self, images: Tensor, labels: Tensor, *drawn: Tensor) -> Tensor:
+        """The loss of a batch of augmented uint8 images; drawn: the values of `self.names`."""
+        x = self.normalise(images)
+        rows = dict(zip(self.names, drawn, strict=True))
+        classes = len(self.task.data.classes)
+        x, targets = self.task.recipe.augmentation.mixed(x, labels, classes, rows)
+        logits = self.model(x)
+        # A loss is computed in float32 at least.
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        return self.task.loss(logits, targets, x)
 
+    def train_epoch(self) -> None:
+        """The rest of an epoch: one pass over the training images."""
+        task, recipe, progress = self.task, self.task.recipe, self.progress
+        self.model.train()
+        phase = 0 if recipe.reseed_each_phase else progress.phase
+        generator = torch.Generator().manual_seed(derive(task.seed, "order", phase, progress.epoch))
+        own = derive(task.seed, "network", phase, progress.epoch)  # of dropout and the like
+        order = task.train[torch.randperm(len(task.train), generator=generator)]
+        images, drawn, boxes = self.drawn(order, generator)
+        size, done = recipe.batch_size, progress.batch
+        chunks = order.split(size)[done:]
+        labels = self.labels[order.to(task.device)].split(size)[done:]
+        rows = [value.to(task.device).split(size)[done:] for value in drawn.values()]
+        self.names = tuple(drawn)
+        batches = loader.batches(
+            images,
+            chunks,
+            task.device,
+            boxes if boxes is None else boxes[done * size :],
+            interpolation=recipe.augmentation.crop_interpolation,
+            workers=task.decoders,
+        )
+        with closing(batches):
+            for i, (x, y) in enumerate(zip(batches, labels, strict=True)):
+                row = [value[i] for value in rows]
+                x = recipe.augmentation.apply(x, dict(zip(drawn, row, strict=True)))
+                torch.manual_seed(own + progress.batch)
+                loss = self.step(x, y, *row)
+                progress.loss += loss * len(y)
+                progress.batch += 1
+                self.worked = True
+                self.pause()
 
-def train_epoch(
-    task: Task, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, progress: Progress
-) -> float:
-    """One pass over the training images; returns the mean loss."""
-    recipe, model = task.recipe, task.model.train()
-    phase = 0 if recipe.reseed_each_phase else progress.phase
-    generator = torch.Generator().manual_seed(derive(task.seed, "order", phase, progress.epoch))
-    order = torch.randperm(len(labels), generator=generator)
-    clipped = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if recipe.clip == "all" or group["weight_decay"]
-    ]
-    total = torch.zeros((), device=task.device)
-    for batch in order.split(recipe.batch_size):
-        batch = batch.to(task.device)
-        x = augmented(images[batch], generator, crop_padding=recipe.crop_padding, flip=recipe.flip)
-        x = task.data.normalised(x, task.device).contiguous(memory_format=torch.channels_last)
-        y = labels[batch]
-        loss = task.loss(model(x), y, x)
-        optimizer.zero_grad()
-        loss.backward()
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(clipped, recipe.clip_norm)
-        if task.method is not None:
-            task.method.after_backward()
-        optimizer.step()
-        total += loss.detach() * len(batch)
-    return total.item() / len(labels)
+    def drawn(
+        self, order: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor | Folder, dict[str, Tensor], Tensor | None]:
+        """The images of an epoch, what is drawn for each of them in the order of use, and the
+        boxes that a folder crops where it reads."""
+        images, augmentation = self.images, self.task.recipe.augmentation
+        sides = images.shape[-2:]
+        in_files = isinstance(images, Folder)
+        if in_files and augmentation.resized_crop:
+            images = replace(images, size=augmentation.resized_crop)
+            sides = sides if images.sides is None else images.sides[order]
+        drawn = augmentation.draw(len(order), generator, sides, self.task.data.in_channels)
+        return images, drawn, drawn.pop("box", None) if in_files else None
 
+    def record(self, rate: float) -> None:
+        """Evaluate, log the epoch, and keep the weights where they are the best so far.
 
-def record(task: Task, progress: Progress, rate: float, loss: float) -> None:
-    """Evaluate, log the epoch, and keep the weights where they are the best so far.
+        By validation accuracy, the later of equals: with few images ties are common, and the later
+        epoch has the smaller learning rate. By test accuracy, strictly better only, as RepAn.
+        """
+        task, progress = self.task, self.progress
+        model = self.model.eval()
+        if self.deployed is None:
+            self.deployed = deployed_copy(model)
+        else:
+            refill(self.deployed, model)  # with the current lambda
 
-    By validation accuracy, the later of equals: with few images ties are common, and the later
-    epoch has the smaller learning rate. By test accuracy, strictly better only, as RepAn.
-    """
-    data, test_selects = task.data, task.recipe.select == "test"
-    deployed = deployed_copy(task.model.eval())  # with the current lambda; several times faster
+        def correct(split: Split) -> float | None:
+            return accuracy(self.deployed, split, self.pause) if len(split) else None
 
-    def correct(images: Tensor, labels: Tensor) -> float | None:
-        return accuracy(deployed, data, images, labels, task.device) if len(labels) else None
-
-    test = correct(data.test_images, data.test_labels)
-    held = task.validation
-    validation = correct(data.train_images[held], data.train_labels[held])
-    progress.history.append(
-        {
-            "phase": progress.phase,
-            "epoch": progress.epoch,
-            "learning_rate": float(f"{rate:.6g}"),
-            "rate": task.method.rate if task.method is not None else None,
-            "train_loss": float(f"{loss:.6g}"),
-            "validation_accuracy": validation,
-            "test_accuracy": test,
-        }
-    )
-    score = test if test_selects else validation
-    for name in ("phase_best", "best"):
-        best = getattr(progress, name)
-        better = best is None or (score > best["score"] if test_selects else score >= best["score"])
-        if better:
-            weights = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
-            index = len(progress.history) - 1
-            setattr(progress, name, {"score": score, "index": index, "weights": weights})
+        test, validation = correct(self.test), correct(self.held_out)
+        loss = progress.loss.item() / len(task.train)
+        progress.history.append(
+            {
+                "phase": progress.phase,
+                "epoch": progress.epoch,
+                "learning_rate": float(f"{rate:.6g}"),
+                "rate": task.method.rate if task.method is not None else None,
+                "train_loss": float(f"{loss:.6g}"),
+                "validation_accuracy": validation,
+                "test_accuracy": test,
+            }
+        )
+        self.worked = True
+        test_selects = task.recipe.select == "test"
+        score = test if test_selects else validation
+        entry = None
+        for name in ("phase_best", "best"):
+            best = getattr(progress, name)
+            beats = float.__gt__ if test_selects else float.__ge__
+            if best is None or beats(score, best["score"]):
+                if entry is None:  # on its device: nothing waits for a copy
+                    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                    index = len(progress.history) - 1
+                    entry = {"score": score, "index": index, "weights": weights}
+                setattr(progress, name, entry)
 
 
 def training_flops(task: Task) -> tuple[int, int]:
@@ -267,28 +358,13 @@ def training_flops(task: Task) -> tuple[int, int]:
     multiply-add. Norms and activations are not counted.
     """
     n = min(task.recipe.batch_size, len(task.train))
-    x = task.data.normalised(task.data.train_images[task.train[:n]], task.device)
-    y = task.data.train_labels[task.train[:n]].to(task.device)
     model = copy.deepcopy(task.model).to(task.device).train()
+    normalise = Normalise(task.data, task.device, next(model.parameters()).dtype)
+    x = normalise(next(loader.batches(task.data.train_images, [task.train[:n]], task.device)))
+    y = task.data.train_labels[task.train[:n]].to(task.device)
     with FlopCounterMode(display=False) as student:
         F.cross_entropy(model(x), y).backward()
     logits = model(x).detach().requires_grad_()
     with FlopCounterMode(display=False) as teacher:
         task.loss(logits, y, x)
     return student.get_total_flops() // n, teacher.get_total_flops() // n
-
-
-@torch.no_grad()
-def deployed_report(model: nn.Module, data: Dataset, device: str) -> dict:
-    """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing."""
-    model = model.to(device).eval()
-    fused = deployed_copy(model)
-    x = data.normalised(data.test_images[:EVALUATION_BATCH], device)
-    with FlopCounterMode(display=False) as counter:
-        fused(x[:1])
-    return {
-        "test_accuracy": accuracy(fused, data, data.test_images, data.test_labels, device),
-        "parameters": sum(parameter.numel() for parameter in fused.parameters()),
-        "flops": counter.get_total_flops(),
-        "fusing_error": relative_jump(model(x), fused(x)),
-    }

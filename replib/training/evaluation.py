@@ -1,0 +1,110 @@
+"""Accuracy of the deployed network, as cheap as it can be while a network is trained.
+
+Evaluation is in float32 whatever the precision of training, on the deployed form: several times
+faster than the training form, and what is deployed in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from replib.fusing import deployed_copy
+from replib.training import loader
+from replib.training.data import Dataset
+
+BATCH_PIXELS = {"cpu": 2**20, "cuda": 2**22}  # 1024 and 4096 images of 32x32
+KEPT_BYTES = 2**29  # a split up to this size is normalised once
+REPORTED = 1000  # images on which the error of fusing is measured
+
+
+class Normalise:
+    """uint8 images (N, C, H, W) on a device -> standardised per channel, channels last."""
+
+    def __init__(self, data: Dataset, device: str, dtype: torch.dtype = torch.float32):
+        shape = (1, -1, 1, 1)
+        self.mean = torch.tensor(data.mean, dtype=dtype, device=device).view(shape)
+        self.deviation = torch.tensor(data.deviation, dtype=dtype, device=device).view(shape)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.deviation
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Split:
+    """Images and labels to evaluate on; normalised once where they are few.
+
+    images: uint8 (N, C, H, W), or a folder's; indices: those that count.
+    """
+
+    def __init__(self, images, labels: Tensor, indices: Tensor, data: Dataset, device: str):
+        height, width = images.shape[-2:]
+        batch = max(1, BATCH_PIXELS[torch.device(device).type] // (height * width))
+        self.images, self.indices, self.device = images, indices, device
+        if isinstance(images, Tensor):
+            self.images, self.indices = images.to(device), indices.to(device)
+        self.chunks = self.indices.split(batch)
+        self.labels = labels[indices].to(device).split(batch)
+        self.normalise = Normalise(data, device)
+        few = 4 * len(indices) * images.shape[1] * height * width <= KEPT_BYTES
+        self.kept: list[Tensor] | None = [] if few else None
+
+    @classmethod
+    def test(cls, data: Dataset, device: str) -> Split:
+        """The test split of a data set."""
+        everything = torch.arange(len(data.test_labels))
+        return cls(data.test_images, data.test_labels, everything, data, device)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The normalised images, batch by batch."""
+        if self.kept:
+            yield from self.kept
+            return
+        found = []
+        for images in loader.batches(self.images, self.chunks, self.device):
+            x = self.normalise(images)
+            if self.kept is not None:
+                found.append(x)
+            yield x
+        if self.kept is not None:
+            self.kept = found
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, pause: Callable[[], None] = lambda: None) -> float:
+    """The fraction of images whose largest logit is their label; model in eval mode.
+
+    pause: called between batches; it may raise.
+    """
+    right = torch.zeros((), dtype=torch.long, device=split.device)
+    for x, labels in zip(split.inputs(), split.labels, strict=True):
+        right += (model(x).argmax(1) == labels).sum()
+        pause()
+    return right.item() / len(split)
+
+
+def deployed_report(model: nn.Module, split: Split) -> dict:
+    """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing."""
+    model = model.to(split.device).eval()
+    fused, x = deployed_copy(model), next(split.inputs())[:REPORTED]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fused(x[:1])
+    with torch.no_grad():
+        error = relative_jump(model(x), fused(x))
+    return {
+        "test_accuracy": accuracy(fused, split),
+        "parameters": sum(parameter.numel() for parameter in fused.parameters()),
+        "flops": counter.get_total_flops(),
+        "fusing_error": error,
+    }
+
+
+def relative_jump(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|, of logits."""
+    return float(f"{((after - before).abs().max() / before.abs().max()).item():.4g}")

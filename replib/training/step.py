@@ -1,0 +1,281 @@
+"""One training step: forward, loss, backward, clipping, the method's part, the optimizer.
+
+The same step in three ways, `MODES`: eager; with forward, loss and backward compiled by
+torch.compile; and, on a GPU, recorded as a whole into one CUDA graph that is replayed. Batches of
+another size than the full one (the last of an epoch) always run eagerly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from replib.errors import UserError
+
+MODES = {
+    "none": "every operation is launched by itself",
+    "default": "forward, loss and backward are compiled (torch.compile)",
+    "cudagraphs": "the same, and the whole step is one CUDA graph; on a GPU only",
+    "auto": "chosen by the length of the run: see `chosen`",
+}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Compiling RepVGG-A1 takes about a minute. On a processor that saves a third of each step, so it
+# is repaid after minutes; `auto` asks for about an hour of one core (3e10 FLOPs a second). A GPU
+# spends some 20 ms on launching the eager step, which this number of steps turns into minutes.
+WORTH_FLOPS, WORTH_STEPS = 1e14, 5000
+WARM_UP = 3  # steps before a recording, as torch.cuda.graphs asks for
+
+
+def chosen(mode: str, device: str, *, flops: float, steps: int) -> str:
+    """What a run of `steps` steps and `flops` training FLOPs in all does under `mode` of MODES.
+
+    `auto`: on a GPU "cudagraphs" from `WORTH_STEPS` steps on; on a processor "default" from
+    `WORTH_FLOPS` on, where there is a C++ compiler; else "none". By the cell alone, not by a
+    clock, so that a run which is stopped and goes on decides alike.
+    Raises: UserError for a mode that the device does not have.
+    """
+    if mode not in MODES:
+        raise UserError(f"compile (={mode!r}) must be one of {', '.join(MODES)}.")
+    on_gpu = device.startswith("cuda")
+    if mode == "cudagraphs" and not on_gpu:
+        raise UserError("compile (=cudagraphs) needs a GPU: say default, auto or none.")
+    if mode != "auto":
+        return mode
+    if on_gpu:
+        return "cudagraphs" if steps >= WORTH_STEPS else "none"
+    return "default" if flops >= WORTH_FLOPS and why_not(device) is None else "none"
+
+
+def why_not(device: str) -> str | None:
+    """What torch.compile lacks here: a C++ compiler, or Triton on a GPU. None: nothing."""
+    if device.startswith("cuda"):
+        return None if importlib.util.find_spec("triton") else "there is no Triton"
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    return None if any(map(shutil.which, compilers)) else "there is no C++ compiler"
+
+
+class Step:
+    """One step of training on a batch; returns its loss as a 0-dim tensor, without waiting for it.
+
+        step = Step(model, optimizer, objective, batch=128, compile="default")
+        for images, labels in batches:
+            total += step(images, labels)
+
+    objective: tensors of one batch -> scalar loss; all that it reads besides them must be tensors
+    that stay where they are, such as parameters and buffers. A teacher belongs in it, too.
+    optimizer: with its state allocated (`sgd`), its rates set by `set_rate`.
+    clipped: the parameters whose gradients are clipped to a common norm of `clip_norm`.
+    after_backward: called between clipping and the optimizer; it may set gradients to None.
+    variant: what it does there depends on this value, besides tensors; each has its recording.
+    batch: the length of the first axis of a full batch.
+    say: takes a line for the user where compiling fails; the step then goes on without.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Callable[..., Tensor],
+        *,
+        batch: int,
+        clipped: list[nn.Parameter] | None = None,
+        clip_norm: float | None = None,
+        after_backward: Callable[[], None] = lambda: None,
+        variant: Callable[[], Hashable] = lambda: None,
+        precision: str = "float32",
+        compile: str = "none",
+        say: Callable[[str], None] = print,
+    ):
+        self.model, self.optimizer, self.batch = model, optimizer, batch
+        self.clipped = parameters_of(optimizer) if clipped is None else clipped
+        self.clip_norm, self.after_backward, self.variant = clip_norm, after_backward, variant
+        self.mode, self.say = compile, say
+        self.structure = structure(model)
+        device = next(model.parameters()).device.type
+        lower = PRECISIONS[precision] is not torch.float32
+
+        def forward(*inputs: Tensor) -> Tensor:
+            # Without a cache of cast weights: a recording would read what it no longer holds.
+            dtype = torch.bfloat16 if lower else None
+            with torch.autocast(device, dtype, enabled=lower, cache_enabled=False):
+                return objective(*inputs)
+
+        self.eager = self.forward = forward
+        self.compiled = compile == "none"  # nothing is left to be compiled
+        self.recorder: Recorder | None = None
+        self.recordings: dict[Hashable, Callable[..., Tensor]] = {}
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model still has the structure and the very tensors it had: then this step,
+        compiled and recorded as it is, goes on to train it."""
+        return structure(self.model) == self.structure
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.mode == "none" or len(inputs[0]) != self.batch:
+            return self.update(self.eager, *inputs)
+        if not self.compiled:
+            self.compile(*inputs)
+        if self.mode != "cudagraphs":
+            return self.update(self.forward, *inputs)
+        variant = self.variant()
+        if variant not in self.recordings:
+            self.recordings[variant] = self.recorded(*inputs)
+        return self.recordings[variant](*inputs)
+
+    def update(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The step itself."""
+        self.optimizer.zero_grad()
+        loss = forward(*inputs)
+        loss.backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.clipped, self.clip_norm)
+        self.after_backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def compile(self, *inputs: Tensor) -> None:
+        """Compile forward and backward, by a step that leaves no trace; eager where that fails."""
+        device, self.compiled = next(self.model.parameters()).device.type, True
+        if missing := why_not(device):
+            self.say(f"not compiled: {missing} here.")
+            self.mode = "none" if self.mode == "default" else self.mode
+            return
+        self.forward = torch.compile(self.eager, dynamic=False)
+        try:
+            with self.left_alone():
+                self.update(self.forward, *inputs)
+        except Exception as error:  # whatever a compiler stumbles over, the eager step may not
+            self.say(f"not compiled: {in_one_line(error)}")
+            self.forward = self.eager
+            self.mode = "none" if self.mode == "default" else self.mode
+
+    def recorded(self, *inputs: Tensor) -> Callable[..., Tensor]:
+        """The step as one CUDA graph; as it is where it cannot be recorded."""
+        fixed = [value.clone() for value in inputs]
+        try:
+            with self.left_alone():
+                self.recorder = self.recorder or Recorder()
+                replay = self.recorder(lambda: self.update(self.forward, *fixed))
+        except Exception as error:
+            self.say(f"not recorded as a CUDA graph: {in_one_line(error)}")
+            self.mode = "none" if self.forward is self.eager else "default"
+            return lambda *given: self.update(self.forward, *given)
+
+        def step(*given: Tensor) -> Tensor:
+            for target, value in zip(fixed, given, strict=True):
+                target.copy_(value)
+            return replay().clone()  # the next replay writes over what this one returned
+
+        return step
+
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """Put back, at the end, every value that a step changes."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [value for value in states if isinstance(value, Tensor)]
+        with torch.no_grad(), torch.random.fork_rng(devices_of(tensors)):
+            kept = [tensor.clone() for tensor in tensors]
+            try:
+                with torch.enable_grad():
+                    yield
+            finally:
+                for tensor, value in zip(tensors, kept, strict=True):
+                    tensor.copy_(value)
+                self.optimizer.zero_grad()
+
+    def restart(self) -> None:
+        """A fresh optimizer: its momentum is forgotten, in place."""
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+
+class Recorder:
+    """Records what a function launches on the current GPU; the recordings share their memory,
+    since no two run at once and nothing of one is read after another has run."""
+
+    def __init__(self):
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A replay of `function`, which fills and returns the same tensor every time."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):  # what libraries allocate and choose at first use
+                function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            out = function()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def structure(model: nn.Module) -> tuple:
+    """What a compiled or recorded step depends on: the modules, and the tensors themselves."""
+    tensors = (*model.parameters(), *model.buffers())
+    return repr(model), tuple(Same(tensor) for tensor in tensors)
+
+
+class Same:
+    """Equal only to what holds the very same tensor; it keeps the tensor, so that no other can
+    take its place in memory."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.tensor is other.tensor
+
+    __hash__ = None
+
+
+def devices_of(tensors: list[Tensor]) -> list[torch.device]:
+    """The GPUs that tensors lie on."""
+    return list({tensor.device for tensor in tensors if tensor.is_cuda})
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's class and the beginning of what it says."""
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said}"
+
+
+# -- the optimizer ---------------------------------------------------------------------------------
+def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.SGD:
+    """SGD in one launch for all parameters, its momentum allocated and 0.
+
+    A first step from a momentum of 0 is that of torch without any: buf = 0 momentum + gradient.
+    """
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
+    for parameter in parameters_of(optimizer) if momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of all groups; on a GPU as a tensor, which a recorded step reads anew."""
+    for group in optimizer.param_groups:
+        parameter = group["params"][0]
+        if not parameter.is_cuda:
+            group["lr"] = rate
+        elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.full((), rate, device=parameter.device)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
