@@ -45,6 +45,7 @@ from replib.models import BODIES, build
 from replib.models.repvgg import RepVGGPlus
 from replib.networks import CONVOLUTIONS, TRANSPOSED
 from replib.training.data import DATA, Dataset
+from replib.training.loader import batches
 from replib.verification import relative_error, verify
 
 DEFAULTS = {
@@ -293,7 +294,9 @@ def outputs(model: nn.Module, data: Dataset, device: str, batch: int) -> Tensor:
     layout = torch.channels_last
     model = copy.deepcopy(model).to(device, memory_format=layout)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for x in tqdm(data.test_images.split(batch), "test images", leave=False, disable=None):
+        chunks = torch.arange(len(data.test_labels)).split(batch)
+        images = batches(data.test_images, chunks, device)
+        for x in tqdm(images, "test images", len(chunks), leave=False, disable=None):
             x = data.normalised(x, device).to(dtype).contiguous(memory_format=layout)
             found.append(model(x).cpu())
     return torch.cat(found)

@@ -1,14 +1,13 @@
-"""Data sets, splits and augmentation."""
+"""Data sets and splits: in memory, and in their files."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomCrop
 
 from replib.errors import UserError
 from replib.training import data
-from replib.training.data import augmented, derive, load, split
+from replib.training.data import derive, load, split
 from replib.training.loader import Folder, decode
 
 
@@ -251,38 +250,3 @@ def test_normalised_is_the_plain_formula_to_the_bit(channels, layout):
     )
     assert torch.equal(x, plain) and torch.equal(images, before)
     assert x.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_crops_are_those_of_torchvision():
-    """Every crop is one that torchvision's padded crop can give, and all are about as likely."""
-    image = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4)
-    padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
-    places = {
-        tuple(padded[0, 0, i : i + 4, j : j + 4].flatten().tolist()): (i, j)
-        for i in range(5)
-        for j in range(5)
-    }
-    n = 5000
-    generator = torch.Generator().manual_seed(0)
-    ours = augmented(image.expand(n, 1, 4, 4), generator, crop_padding=2, flip=False)
-    counts = np.zeros((5, 5))
-    for crop in ours:
-        counts[places[tuple(crop.flatten().tolist())]] += 1
-    assert abs(counts / n - 1 / 25).max() < 0.012  # four standard errors
-    torch.manual_seed(0)
-    theirs = RandomCrop(4, padding=2)(image[0])
-    assert tuple(theirs.flatten().tolist()) in places
-
-
-def test_flips_are_per_sample_and_half():
-    image = torch.arange(8, dtype=torch.uint8).view(1, 1, 2, 4)
-    generator = torch.Generator().manual_seed(0)
-    out = augmented(image.expand(2000, 1, 2, 4), generator, crop_padding=0, flip=True)
-    flipped = (out == image.flip(3)).flatten(1).all(1)
-    assert ((out == image).flatten(1).all(1) | flipped).all()
-    assert abs(flipped.double().mean() - 0.5) < 0.045
-
-
-def test_no_augmentation_changes_nothing():
-    image = torch.arange(8, dtype=torch.uint8).view(1, 1, 2, 4)
-    assert torch.equal(augmented(image, torch.Generator(), crop_padding=0, flip=False), image)

@@ -367,23 +367,3 @@ def cache_folder() -> Path:
     """Where decoded images, and hashes of files, are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "replib"
-
-
-def augmented(x: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool) -> Tensor:
-    """A random crop after zero padding, and a random horizontal flip, per sample.
-
-    x is uint8 (N, C, H, W), not yet normalised, so that the padding is black, as in torchvision.
-    """
-    n, _, height, width = x.shape
-    if crop_padding:
-        shift = torch.randint(0, 2 * crop_padding + 1, (2, n, 1), generator=generator)
-        rows = (torch.arange(height) + shift[0]).to(x.device)
-        columns = (torch.arange(width) + shift[1]).to(x.device)
-        x = torch.nn.functional.pad(x, (crop_padding,) * 4)
-        images = torch.arange(n, device=x.device)[:, None, None]
-        x = x.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
-        x = x.permute(0, 3, 1, 2)
-    if flip:
-        chosen = (torch.rand(n, generator=generator) < 0.5).to(x.device)
-        x = torch.where(chosen[:, None, None, None], x.flip(3), x)
-    return x
