@@ -126,6 +126,9 @@ def test_digests_of_images_in_memory_are_those_of_published_evidence(tmp_path):
     resized = "d96d516bbb42f3af59100038722b1ee74f489ea3b186b63bd2c5a2872534c3b2"
     assert load("imagefolder", str(root)).digest == natural
     assert load("imagefolder", str(root), 4).digest == resized
+    coloured = "3792fa23e9012d79b6fbc8587f6ca0893d4c4d056371b33ecba06e69c3a92b2b"
+    root = photographs(tmp_path / "photographs", images=2)
+    assert load("imagefolder", str(root), 8).digest == coloured
 
 
 def photographs(root, images=20):

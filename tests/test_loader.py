@@ -16,8 +16,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from replib.errors import UserError
-from replib.training import loader
+from replib.models import build
+from replib.training import data, loader
+from replib.training.augmentation import Augmentation
 from replib.training.loader import AHEAD, Folder, batches, decode, decode_box
+from replib.training.loop import Recipe, Task, fit
 
 SIZE = 8
 
@@ -169,6 +172,30 @@ def test_an_unknown_interpolation_is_named(files):
         UserError, match=r"interpolation \(='box'\) must be one of bilinear, bicubic"
     ):
         next(batches(Folder(files, SIZE), chunks_of(30), "cpu", interpolation="box"))
+
+
+def test_training_from_files_is_training_from_memory(files):
+    """Two epochs with crops, mirror images and an evaluation: the same losses, to the bit."""
+
+    def trained(images) -> list[dict]:
+        labels = torch.arange(30) % 2
+        ours = data.Dataset(
+            "x", images, labels, images, labels, ("a", "b"), *data.STATISTICS["cifar10"], ""
+        )
+        torch.manual_seed(0)
+        model = build("digits", "repvgg", classes=2, in_channels=3)
+        recipe = Recipe(
+            phases=1, epochs=2, batch_size=8, learning_rate=0.1, momentum=0.9, nesterov=True,
+            weight_decay=0.0, clip_norm=None, clip="all",
+            augmentation=Augmentation(crop_padding=1, flip=True), next_start="last",
+            select="validation", reseed_each_phase=False,
+        )  # fmt: skip
+        groups = lambda: [{"params": list(model.parameters())}]  # noqa: E731
+        loss = lambda logits, targets, inputs: torch.nn.functional.cross_entropy(logits, targets)  # noqa: E731
+        order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+        return fit(Task(model, ours, order[6:], order[:6], recipe, groups, loss, 0)).history
+
+    assert trained(Folder(files, SIZE)) == trained(one_by_one(files, torch.arange(30)))
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
