@@ -10,8 +10,8 @@ problem with the map as the last matrix; it is decided from shapes, branch by br
 
 Two kernels of A and B weights with T channels between them are multiplied out with A B / T
 multiply-adds, in any grouping. A scale or a fixed filter is a depthwise kernel, so taking the
-cheapest neighbours first folds it into the smaller side by itself. For the backward pass nothing
-is kept but x, the weights and, where it is no larger than the maps, K: the rest is made again.
+cheapest neighbours first folds it into the smaller side by itself. Of the making of K nothing
+but the weights it is made of is kept for the backward pass.
 
 Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, section 3.2, which
 multiplies out every kernel. `Sum.run` is that plain form, and the reference of this one.
@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import pairwise
 from math import gcd, prod
+from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +34,7 @@ from replib import kernels
 from replib.branches import Chain, Convolution, Filter, Piece, Scale, Sizes, Sum
 from replib.kernels import Kernel
 
-KNOWN = (Convolution, Scale, Filter, Chain, Sum)
 MOVED = 16  # multiply-adds that take as long as reading and writing one number
-KEPT = 4  # a kernel of more numbers than so many output maps is made again, not kept
 BLOCK = 4  # inputs of a depthwise kernel that are multiplied as one matrix, zeros included
 
 Values = dict[Piece, Tensor]  # the weight of each leaf, and the rate of each sum that has one
@@ -47,65 +46,51 @@ def run(piece: Sum, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
     (N, in_channels, *space) -> (N, out_channels, *space'), before the post-norm of a block.
     A sum with a bias, a norm or a new kind of leaf inside takes the plain form.
     """
-    parts = [part for part in piece.modules() if isinstance(part, Piece)]
-    shifts = any(branch.shifts for branch in piece.branches.values())
-    if shifts or not all(isinstance(part, KNOWN) for part in parts):
+    if not known(piece):
         return Sum.run(piece, x, padding, stride)
-    dtype = next(piece.parameters()).dtype
-    values = {part: value.to(dtype) for part in parts if (value := own_value(part)) is not None}
-    tensors = tuple(values.values())
     axes = zip(x.shape[2:], padding, piece.extent, stride, strict=True)
     before = len(x) * prod(x.shape[2:])
     after = len(x) * prod((size + 2 * p - e) // s + 1 for size, p, e, s in axes)
     # Autocast rounds every map: there the kernel is made, in full precision, whatever the batch.
     cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    on_map = [] if cast else left_on_map(piece, before, after)
-    squeezed = [name for name in piece.branches if name not in on_map]
+    chains = chains_of(piece)
+    on_map = () if cast else left_on_map(chains, before, after)
 
     def margin(extent: Sizes) -> Sizes:
         """The padding of what is centred in the sum."""
         axes = zip(padding, piece.extent, extent, strict=True)
         return tuple(p - (big - e) // 2 for p, big, e in axes)
 
-    out = None
+    def out(name: str) -> Tensor:
+        branch = piece.branches[name]
+        return branch.run(x, margin(branch.extent), stride)
+
+    mains = [out(name) for name in on_map if name == piece.main]
+    sides = [out(name) for name in on_map if name != piece.main]
+    squeezed = tuple(chain for chain in chains if chain[0] not in on_map)
     if squeezed:
-        form = reduce(aligned, (form_of(piece.branches[name]) for name in squeezed))
-
-        def kernel(*tensors: Tensor) -> Total:
-            return total(piece, squeezed, dict(zip(values, tensors, strict=True)))
-
-        def convolution(x: Tensor, *tensors: Tensor) -> Applied:
-            return Applied(x, form.holding(made(kernel, *tensors)), margin(form.extent), stride)
-
-        if cast or kept(form, after):
-            with full_precision(x):
-                weight = made(kernel, *tensors)
-            out = kernels.convolve(x, form.holding(weight), margin(form.extent), stride)
-        else:
-            out = made(convolution, x, *tensors)
-    for name in on_map:
-        leaves, factors = unscaled(piece, name)
-        geometry = margin(piece.branches[name].extent), stride
-
-        def last(x: Tensor, *tensors: Tensor, leaves=leaves, geometry=geometry) -> Applied:
-            return mapped(leaves, x, dict(zip(values, tensors, strict=True)), *geometry)
-
-        y = made(last, x, *tensors)
-        if factors:
-            factor = reduce(torch.mul, (values[part] for part in factors))
-            factor = factor.expand(piece.out_channels).view(-1, *(1,) * piece.dims)
-            out = y * factor if out is None else torch.addcmul(out, y, factor)
-        else:
-            out = y if out is None else out + y
-    return out
+        form = whole(squeezed)
+        with full_precision(x):
+            kernel = form.holding(made(piece, squeezed))
+        mains.append(kernels.convolve(x, kernel, margin(form.extent), stride))
+    main = reduce(add, mains)
+    return piece.weighted(main, reduce(add, sides)) if sides else main
 
 
-def own_value(piece: Piece) -> Tensor | None:
-    """The weight of a leaf; of a sum that weighs its side branches, their rate."""
-    if isinstance(piece, Sum) and type(piece).weighted is not Sum.weighted:
-        one = torch.ones_like(next(piece.parameters()).view(-1)[0].detach())
-        return piece.weighted(torch.zeros_like(one), one)
-    return piece.weight if isinstance(piece, Convolution | Scale) else None
+def known(piece: Sum) -> bool:
+    """Whether everything inside is a linear map of a kind that is known here."""
+    leaves = [leaf for branch in piece.branches.values() for leaf in flat(branch)]
+    return all(
+        known(leaf)
+        if isinstance(leaf, Sum) and getattr(leaf, "post_norm", None) is None
+        else isinstance(leaf, Convolution | Scale | Filter) and not leaf.carries_bias
+        for leaf in leaves
+    )
+
+
+def flat(piece: Piece) -> list[Piece]:
+    """The links of a chain, and of the chains in it."""
+    return [leaf for part in piece for leaf in flat(part)] if isinstance(piece, Chain) else [piece]
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -113,9 +98,8 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-# -- which order ------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Form:
+# -- which order ----------------------------------------------------------------------------------
+class Form(NamedTuple):
     """The shape of a kernel: enough to count with, before there is one."""
 
     out_channels: int
@@ -128,12 +112,22 @@ class Form:
     def extent(self) -> Sizes:
         return tuple(d * (k - 1) + 1 for k, d in zip(self.size, self.dilation, strict=True))
 
+    @property
+    def weights(self) -> int:
+        """How many numbers the weight has."""
+        return self.out_channels * self.in_channels // self.groups * prod(self.size)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels
+
     def holding(self, weight: Tensor) -> Kernel:
         """A kernel of this form, without bias."""
         return Kernel(weight, None, self.groups, self.dilation)
 
 
-Shaped = Form | Kernel
+Forms = tuple[Form, ...]
+Chains = tuple[tuple[str, Forms, bool], ...]
 
 
 def form_of(piece: Piece) -> Form:
@@ -141,17 +135,19 @@ def form_of(piece: Piece) -> Form:
     if isinstance(piece, Chain):
         return reduce(joined, map(form_of, piece))
     if isinstance(piece, Sum):
-        return reduce(aligned, map(form_of, piece.branches.values()))
-    channels, ones = (piece.out_channels, piece.in_channels), (1,) * piece.dims
+        return summed(tuple(map(form_of, piece.branches.values())))
+    out_channels, in_channels = piece.out_channels, piece.in_channels
     if isinstance(piece, Scale):
-        return Form(*channels, piece.in_channels, ones, ones)
+        ones = (1,) * len(piece.extent)
+        return Form(out_channels, in_channels, in_channels, ones, ones)
     size = tuple(piece.weight.shape[2:])
     dilation = tuple(d if k > 1 else 1 for k, d in zip(size, piece.dilation, strict=True))
-    groups = piece.groups if isinstance(piece, Convolution) else piece.in_channels
-    return Form(*channels, groups, size, dilation)
+    groups = piece.groups if isinstance(piece, Convolution) else in_channels
+    return Form(out_channels, in_channels, groups, size, dilation)
 
 
-def joined(first: Shaped, second: Shaped) -> Form:
+@lru_cache
+def joined(first: Form, second: Form) -> Form:
     """The form of `first`, then `second`."""
     dilation = kernels.common_dilation(first, second)
     sizes = zip(*(kernels.sizes_at(form, dilation) for form in (first, second)), strict=True)
@@ -160,155 +156,139 @@ def joined(first: Shaped, second: Shaped) -> Form:
     return Form(second.out_channels, first.in_channels, groups, size, dilation)
 
 
-def aligned(a: Form, b: Form) -> Form:
+@lru_cache
+def summed(forms: Forms) -> Form:
     """The form of the sum."""
-    dilation = kernels.common_dilation(a, b)
-    size = tuple(map(max, kernels.sizes_at(a, dilation), kernels.sizes_at(b, dilation)))
-    return Form(a.out_channels, a.in_channels, gcd(a.groups, b.groups), size, dilation)
+
+    def aligned(a: Form, b: Form) -> Form:
+        dilation = kernels.common_dilation(a, b)
+        size = tuple(map(max, kernels.sizes_at(a, dilation), kernels.sizes_at(b, dilation)))
+        return Form(a.out_channels, a.in_channels, gcd(a.groups, b.groups), size, dilation)
+
+    return reduce(aligned, forms)
 
 
-def weights(form: Shaped) -> int:
-    return form.out_channels * form.in_channels // form.groups * prod(form.size)
-
-
-def product_cost(first: Shaped, second: Shaped) -> float:
+def product_cost(first: Form, second: Form) -> float:
     """Of multiplying out two kernels, in multiply-adds."""
-    multiply_adds = weights(first) * weights(second) / first.out_channels
-    return multiply_adds + MOVED * weights(joined(first, second))
+    multiply_adds = first.weights * second.weights / first.out_channels
+    return multiply_adds + MOVED * joined(first, second).weights
 
 
 def map_cost(form: Form, pixels: int) -> float:
-    """Of convolving a map with a kernel, in multiply-adds; pixels: of the output, in all images."""
-    return weights(form) * pixels + MOVED * (weights(form) + form.out_channels * pixels)
+    """Of convolving a map with a kernel, in multiply-adds; pixels: of all outputs together."""
+    return form.weights * pixels + MOVED * (form.weights + form.out_channels * pixels)
 
 
-def folded(chain: list, join: Callable, until: int = 1) -> list:
-    """Join neighbours, the cheapest first, until so many are left."""
-    while len(chain) > until:
+@lru_cache
+def order(chain: Forms) -> tuple[tuple[int, ...], float]:
+    """Which neighbours to multiply out, one pair after the other, the cheapest first; the cost."""
+    steps, cost = (), 0.0
+    while len(chain) > 1:
         costs = [product_cost(*pair) for pair in pairwise(chain)]
         i = costs.index(min(costs))
-        chain = [*chain[:i], join(*chain[i : i + 2]), *chain[i + 2 :]]
-    return chain
+        chain = (*chain[:i], joined(*chain[i : i + 2]), *chain[i + 2 :])
+        steps, cost = (*steps, i), cost + min(costs)
+    return steps, cost
 
 
-def flat(piece: Piece) -> list[Piece]:
-    """The links of a chain, and of the chains in it."""
-    return [leaf for part in piece for leaf in flat(part)] if isinstance(piece, Chain) else [piece]
+def chains_of(piece: Sum) -> Chains:
+    """Per branch its name, the forms of its links, and whether it must be in the kernel."""
+    links = {name: flat(branch) for name, branch in piece.branches.items()}
+    return tuple(
+        (name, tuple(map(form_of, leaves)), any(isinstance(leaf, Sum) for leaf in leaves))
+        for name, leaves in links.items()
+    )
 
 
-def unscaled(piece: Sum, name: str) -> tuple[list[Piece], list[Piece]]:
-    """A branch without the scales at its end, and what has the factors: the scales, the rate."""
-    leaves, factors = flat(piece.branches[name]), []
-    while len(leaves) > 1 and isinstance(leaves[-1], Scale):
-        factors.append(leaves.pop())
-    weighs = name != piece.main and own_value(piece) is not None
-    return leaves, [*factors, piece] if weighs else factors
+@lru_cache
+def whole(chains: Chains) -> Form:
+    """The form of the sum of some branches."""
+    return summed(tuple(reduce(joined, chain) for _, chain, _ in chains))
 
 
-def left_on_map(piece: Sum, before: int, after: int) -> list[str]:
+@lru_cache
+def left_on_map(chains: Chains, before: int, after: int) -> tuple[str, ...]:
     """The branches that are cheaper on a map of so many pixels before and after the stride."""
-    on_kernel, on_map = {}, {}
-    for name, branch in piece.branches.items():
-        chain = [form_of(leaf) for leaf in flat(branch)]
-        on_kernel[name] = MOVED * weights(form_of(piece))
-
-        def join(first: Form, second: Form, name: str = name) -> Form:
-            on_kernel[name] += product_cost(first, second)
-            return joined(first, second)
-
-        folded(chain, join)
-        leaves, factors = unscaled(piece, name)
-        last = max((i for i, leaf in enumerate(leaves) if max(leaf.extent) > 1), default=0)
-        costs = [
-            map_cost(form, before if i < last else after)
-            for i, form in enumerate(chain[: len(leaves)])
-        ]
-        on_map[name] = sum(costs) + MOVED * after * piece.out_channels * (1 + len(factors))
-    cheaper = [name for name in on_map if on_map[name] < on_kernel[name]]
-    shared = map_cost(form_of(piece), after) + sum(map(min, on_map.values(), on_kernel.values()))
-    return list(on_map) if sum(on_map.values()) <= shared else cheaper
+    form = whole(chains)
+    on_map, cheaper, with_kernel = 0.0, [], map_cost(form, after)
+    for name, chain, fixed in chains:
+        in_kernel = MOVED * form.weights + order(chain)[1]
+        last = max((i for i, link in enumerate(chain) if max(link.size) > 1), default=0)
+        cost = sum(map_cost(link, after if i >= last else before) for i, link in enumerate(chain))
+        cost = float("inf") if fixed else cost + MOVED * after * form.out_channels
+        if cost < in_kernel:
+            cheaper.append(name)
+        on_map, with_kernel = on_map + cost, with_kernel + min(cost, in_kernel)
+    return tuple(cheaper if with_kernel < on_map else (name for name, *_ in chains))
 
 
-def kept(form: Form, pixels: int) -> bool:
-    """Whether the kernel is kept for the backward pass."""
-    return weights(form) <= KEPT * form.out_channels * pixels
+# -- the kernel -----------------------------------------------------------------------------------
+class Weight(NamedTuple):
+    """A weight in the form of its kernel."""
+
+    form: Form
+    tensor: Tensor
+
+    def regrouped(self, groups: int) -> Weight:
+        if groups == self.form.groups:
+            return self
+        kernel = kernels.regrouped(self.form.holding(self.tensor), groups)
+        return Weight(self.form._replace(groups=groups), kernel.weight)
+
+    def resized(self, form: Form) -> Weight:
+        if form[3:] == self.form[3:]:
+            return self
+        kernel = kernels.resized(self.form.holding(self.tensor), form.size, form.dilation)
+        return Weight(self.form._replace(size=form.size, dilation=form.dilation), kernel.weight)
 
 
-# -- on the map -------------------------------------------------------------------------------
-@dataclass
-class Applied:
-    """A convolution that has not been carried out."""
-
-    x: Tensor
-    kernel: Kernel
-    padding: Sizes
-    stride: Sizes
-
-    def value(self) -> Tensor:
-        return kernels.convolve(self.x, self.kernel, self.padding, self.stride)
-
-    def gradients(self, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What it is made of, with its gradient where `grad` is that of the value."""
-        x, padding = kernels.cropped(self.x, self.padding)
-        weight, dims = self.kernel.weight, self.kernel.dims
-        wanted = [x.requires_grad, weight.requires_grad, False]
-        geometry = self.stride, padding, self.kernel.dilation, False, (0,) * dims
-        found = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *geometry, self.kernel.groups, wanted
-        )
-        yield from zip((x, weight), found, strict=False)
+@lru_cache
+def multiplies(first: Form, second: Form) -> bool:
+    """Whether `Product` takes these two: one has a single tap, and the groups divide."""
+    groups = sorted((first.groups, second.groups))
+    return min(max(first.size), max(second.size)) == 1 and groups[1] % groups[0] == 0
 
 
-def mapped(
-    leaves: list[Piece], x: Tensor, values: Values, padding: Sizes, stride: Sizes
-) -> Applied:
-    """A chain on the map, except for its last link; padded and strided as `Chain.run` does."""
-    spatial = [i for i, leaf in enumerate(leaves) if max(leaf.extent) > 1] or [0]
-    nothing, one = (0,) * len(padding), (1,) * len(padding)
-    for i, leaf in enumerate(leaves):
-        here = padding if i == spatial[0] else nothing, stride if i == spatial[-1] else one
-        link = Applied(x, kernel_of(leaf, values), *here)
-        if i < len(leaves) - 1:
-            x = link.value()
-    return link
+@lru_cache
+def layout(first: Form, second: Form) -> tuple[Form, tuple[str, str, str], Sizes, Sizes]:
+    """The product's form; its axes (second, first, product); the shapes of second and first.
+
+    Axes: g groups, r groups inside, o and i channels, t channels between, k and l taps.
+    """
+    fine, coarse = max(first.groups, second.groups), min(first.groups, second.groups)
+    inside, between = fine // coarse, first.out_channels // fine
+    if first.groups == fine:
+        axes, outer = ("gortk", "grtil", "gorikl"), (second.out_channels // coarse, inside)
+    else:
+        axes, outer = ("grotk", "grtil", "groikl"), (inside, second.out_channels // fine)
+    seconds = coarse, *outer, between, prod(second.size)
+    firsts = coarse, inside, between, first.in_channels // first.groups, prod(first.size)
+    return joined(first, second), axes, seconds, firsts
 
 
-# -- in the kernel ----------------------------------------------------------------------------
 class Product:
-    """Two kernels that have not been multiplied out; at most one of them has several taps.
+    """Two kernels that have not been multiplied out yet; at most one of them has several taps.
 
-    Group by group: where one kernel has more groups than the other, the product with zeros is
-    never formed, except for very small groups, which are slower than the zeros.
+    Group by group: where one kernel has more groups than the other, no zeros are multiplied,
+    except in blocks of a few channels, which are faster than single ones.
     """
 
-    def __init__(self, first: Kernel, second: Kernel):
-        fine, coarse = max(first.groups, second.groups), min(first.groups, second.groups)
-        if first.groups > second.groups and first.weight.shape[1] < BLOCK:
-            fine //= gcd(fine // coarse, BLOCK)
-            first = kernels.regrouped(first, fine)
-        self.form = joined(first, second)
-        between = first.out_channels // fine
-        if first.groups == fine:
-            self.equation = "gortk", "grtil", "gorikl"
-            shape = (coarse, -1, fine // coarse, between)
-        else:
-            self.equation = "grotk", "grtil", "groikl"
-            shape = (coarse, fine // coarse, -1, between)
-        self.second = second.weight.reshape(*shape, prod(second.size))
-        self.first = first.weight.reshape(
-            coarse, fine // coarse, between, first.weight.shape[1], prod(first.size)
-        )
+    def __init__(self, first: Weight, second: Weight):
+        fine, coarse = first.form.groups, second.form.groups
+        if fine > coarse and first.form.in_channels // fine < BLOCK:
+            first = first.regrouped(fine // gcd(fine // coarse, BLOCK))
+        self.form, self.axes, seconds, firsts = layout(first.form, second.form)
+        self.second, self.first = second.tensor.reshape(seconds), first.tensor.reshape(firsts)
 
     def value(self) -> Tensor:
-        second, first, product = self.equation
+        second, first, product = self.axes
         out = torch.einsum(f"{second},{first}->{product}", self.second, self.first)
         return out.reshape(self.form.out_channels, -1, *self.form.size)
 
     def gradients(self, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What it is made of, with its gradient where `grad` is that of the value."""
-        second, first, product = self.equation
-        sizes = dict(zip(second, self.second.shape, strict=True))
-        sizes |= dict(zip(first, self.first.shape, strict=True))
+        """Each factor with its gradient, where `grad` is that of the value."""
+        second, first, product = self.axes
+        sizes = dict(zip(second + first, (*self.second.shape, *self.first.shape), strict=True))
         grad = grad.reshape([sizes[axis] for axis in product])
         if self.second.requires_grad:
             yield self.second, torch.einsum(f"{product},{first}->{second}", grad, self.first)
@@ -316,117 +296,141 @@ class Product:
             yield self.first, torch.einsum(f"{second},{product}->{first}", self.second, grad)
 
 
-@dataclass
-class Total:
-    """A sum of weights and of products that have not been multiplied out, all of one form."""
+class Total(NamedTuple):
+    """A sum of weights and of products that have not been multiplied out yet, of one form."""
 
     done: list[Tensor]
     products: list[Product]
 
     def value(self) -> Tensor:
-        terms = (*self.done, *(product.value() for product in self.products))
-        return reduce(torch.add, terms).contiguous()
+        return reduce(add, [*self.done, *(product.value() for product in self.products)])
 
     def gradients(self, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What it is made of, with its gradient where `grad` is that of the value."""
-        yield from ((weight, grad) for weight in self.done)
+        """Each part with its gradient, where `grad` is that of the value."""
+        yield from ((weight, grad) for weight in self.done if weight.requires_grad)
         for product in self.products:
             yield from product.gradients(grad)
 
 
-def kernel_of(piece: Piece, values: Values) -> Kernel:
-    """The kernel of one link of a chain, without bias."""
-    if isinstance(piece, Sum):
-        return form_of(piece).holding(total(piece, list(piece.branches), values).value())
-    if isinstance(piece, Scale):
-        return form_of(piece).holding(values[piece].view(-1, *(1,) * (piece.dims + 1)))
-    if isinstance(piece, Convolution):
-        weight = values[piece]
-        weight = weight + piece.identity_weight(weight.dtype) if piece.offset else weight
-        return form_of(piece).holding(weight)
-    dtype = next(iter(values.values())).dtype
-    return form_of(piece).holding(piece.kernel(dtype).weight)  # a constant
-
-
-def composed(first: Kernel, second: Kernel) -> Kernel:
-    """`first`, then `second`."""
-    if multiplies(first, second):
-        product = Product(first, second)
-        return product.form.holding(product.value())
-    first, second = (
-        Kernel(k.weight, k.weight.new_zeros(k.out_channels), k.groups, k.dilation)
-        for k in (first, second)
-    )
-    return kernels.composed(first, second)
-
-
-def multiplies(first: Kernel, second: Kernel) -> bool:
-    """Whether `Product` takes these two: one has a single tap, and the groups divide."""
-    groups = sorted((first.groups, second.groups))
-    return min(max(first.size), max(second.size)) == 1 and groups[1] % groups[0] == 0
-
-
-def total(piece: Sum, names: list[str], values: Values) -> Total:
-    """The kernel of some branches of a sum, as far as it is cheap."""
-    form = reduce(aligned, (form_of(piece.branches[name]) for name in names))
+def total(piece: Sum, chains: Chains, values: Values) -> Total:
+    """The kernel of some branches of a sum, except for the last product of each."""
+    form, ones = whole(chains), (1,) * piece.dims
     done, products, filtered = [], [], []
-    for name in names:
-        chain = [kernel_of(leaf, values) for leaf in flat(piece.branches[name])]
+    for name, *_ in chains:
+        chain = [weight_of(leaf, values) for leaf in flat(piece.branches[name])]
         if name != piece.main and piece in values:
-            rate = values[piece].expand(piece.out_channels)
-            chain.append(Kernel(rate.view(-1, *(1,) * (piece.dims + 1)), None, len(rate)))
-        chain = folded(chain, composed, until=2)
-        if len(chain) < 2 or not multiplies(*chain):
-            whole = kernels.regrouped(reduce(composed, chain), form.groups)
-            done.append(kernels.resized(whole, form.size, form.dilation).weight)
+            channels = form.out_channels
+            rate = values[piece].expand(channels).view(-1, 1, *ones)
+            chain.append(Weight(Form(channels, channels, channels, ones, ones), rate))
+        for i in order(tuple(weight.form for weight in chain))[0]:
+            if len(chain) > 2 or not multiplies(*(weight.form for weight in chain)):
+                chain[i : i + 2] = [composed(*chain[i : i + 2])]
+        if len(chain) == 1:
+            done.append(chain[0].regrouped(form.groups).resized(form).tensor)
             continue
         first, second = chain
-        if gcd(first.groups, second.groups) != form.groups:
-            first = kernels.regrouped(first, form.groups)
-        if max(second.size) > 1 or (max(first.size) == 1 and weights(second) <= weights(first)):
-            second = kernels.resized(second, form.size, form.dilation)
+        if gcd(first.form.groups, second.form.groups) != form.groups:
+            first = first.regrouped(form.groups)
+        lighter = max(first.form.size) == 1 and second.form.weights <= first.form.weights
+        if max(second.form.size) > 1 or lighter:
+            second = second.resized(form)
         else:
-            first = kernels.resized(first, form.size, form.dilation)
-        if max(first.size) == 1 and second.groups == second.in_channels == second.out_channels:
+            first = first.resized(form)
+        if max(first.form.size) == 1 and second.form.depthwise:
             filtered.append((first, second))
         else:
             products.append(Product(first, second))
-    if filtered:
-        products.append(Product(*stacked(filtered)))
-    return Total(done, products)
+    return Total(done, [*products, Product(*stacked(filtered))] if filtered else products)
 
 
-def stacked(pairs: list[tuple[Kernel, Kernel]]) -> tuple[Kernel, Kernel]:
+def stacked(pairs: list[tuple[Weight, Weight]]) -> tuple[Weight, Weight]:
     """Pairs of a pointwise and a depthwise kernel as one pair, whose product is their sum."""
     firsts, seconds = zip(*pairs, strict=True)
-    first = torch.stack([kernel.weight for kernel in firsts], 1).flatten(0, 1)
-    second = torch.cat([kernel.weight for kernel in seconds], 1)
+    first, second = firsts[0].form, seconds[0].form
+    wide = second.out_channels * len(pairs)
     return (
-        Kernel(first, None, firsts[0].groups),
-        Kernel(second, None, seconds[0].groups, seconds[0].dilation),
+        Weight(
+            first._replace(out_channels=wide),
+            torch.stack([weight.tensor for weight in firsts], 1).flatten(0, 1),
+        ),
+        Weight(
+            second._replace(in_channels=wide), torch.cat([weight.tensor for weight in seconds], 1)
+        ),
     )
 
 
-# -- made again -------------------------------------------------------------------------------
-def made(form: Callable[..., Applied | Total], *tensors: Tensor) -> Tensor:
-    """form(*tensors).value(), of which only the tensors are kept for the backward pass."""
-    if torch.compiler.is_compiling():  # it decides itself what is made again
-        return form(*tensors).value()
-    return Made.apply(form, *tensors)
+def weight_of(piece: Piece, values: Values) -> Weight:
+    """The kernel of one link of a chain."""
+    form = form_of(piece)
+    if isinstance(piece, Sum):
+        return Weight(form, total(piece, chains_of(piece), values).value())
+    if isinstance(piece, Scale):
+        return Weight(form, values[piece].view(-1, *(1,) * (piece.dims + 1)))
+    if isinstance(piece, Convolution):
+        weight = values[piece]
+        offset = piece.identity_weight(weight.dtype) if piece.offset else None
+        return Weight(form, weight if offset is None else weight + offset)
+    return Weight(form, piece.kernel(next(iter(values.values())).dtype).weight)  # a fixed filter
+
+
+def composed(first: Weight, second: Weight) -> Weight:
+    """`first`, then `second`."""
+    if multiplies(first.form, second.form):
+        product = Product(first, second)
+        return Weight(product.form, product.value())
+    kernel = kernels.composed(
+        *(
+            Kernel(w.tensor, w.tensor.new_zeros(len(w.tensor)), w.form.groups, w.form.dilation)
+            for w in (first, second)
+        )
+    )
+    return Weight(joined(first.form, second.form), kernel.weight)
+
+
+# -- made again -----------------------------------------------------------------------------------
+def made(piece: Sum, chains: Chains) -> Tensor:
+    """The weight of the summed kernel of some branches, in the dtype of the parameters."""
+    dtype = next(piece.parameters()).dtype
+    values = {part: value.to(dtype) for part, value in values_in(piece)}
+
+    def kernel(*tensors: Tensor) -> Total:
+        return total(piece, chains, dict(zip(values, tensors, strict=True)))
+
+    if torch.compiler.is_compiling():  # it decides itself what is kept and what is made again
+        return kernel(*values.values()).value()
+    return Made.apply(kernel, *values.values())
+
+
+def values_in(piece: Sum) -> Iterator[tuple[Piece, Tensor]]:
+    """The weight of every leaf inside, and the rate of every sum that weighs its side branches."""
+    if type(piece).weighted is not Sum.weighted:
+        weight = next(piece.parameters())
+        one = torch.ones((), device=weight.device, dtype=weight.dtype)
+        yield piece, piece.weighted(torch.zeros_like(one), one)
+    for branch in piece.branches.values():
+        for leaf in flat(branch):
+            if isinstance(leaf, Sum):
+                yield from values_in(leaf)
+            elif not isinstance(leaf, Filter):
+                yield leaf, leaf.weight
 
 
 class Made(torch.autograd.Function):
-    """The value of what `form` declares. All but its last step is taken again in the backward."""
+    """The value of a `Total`, of which only the weights are kept.
+
+    The backward pass declares it again, folds the scales again, and multiplies nothing out.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(form: Callable[..., Applied | Total], *tensors: Tensor) -> Tensor:
-        return form(*tensors).value()
+    def forward(kernel: Callable[..., Total], *tensors: Tensor) -> Tensor:
+        weight = kernel(*tensors).value().contiguous()
+        return weight.view_as(weight)  # it may be one of the tensors
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.form, *tensors = inputs
+        ctx.kernel, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -438,13 +442,10 @@ class Made(torch.autograd.Function):
             for t, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad(), full_precision(grad):
-            unfinished = ctx.form(*tensors)
+            declared = ctx.kernel(*tensors)
             with torch.set_grad_enabled(again):
-                pairs = [(t, g) for t, g in unfinished.gradients(grad) if t.requires_grad]
+                parts, grads = zip(*declared.gradients(grad), strict=True)
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-            values, grads = zip(*pairs, strict=True)
-            found = torch.autograd.grad(
-                values, wanted, grads, create_graph=again, allow_unused=True
-            )
+            found = torch.autograd.grad(parts, wanted, grads, create_graph=again, allow_unused=True)
         found = iter(found)
         return None, *(next(found) if need else None for need in needed)
