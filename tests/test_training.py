@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from replib.fusing import deployed_copy
 from replib.methods.cycle import Cycle, decay_groups
 from replib.models import build
 from replib.networks import outermost_blocks
@@ -15,6 +17,7 @@ from replib.training.augmentation import Augmentation
 from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy, deployed_report
 from replib.training.loop import OutOfTime, Recipe, Task, cosine, fit, training_flops
+from replib.training.step import Step
 
 RECIPE = dict(
     phases=2, epochs=3, batch_size=32, learning_rate=0.3, momentum=0.9, nesterov=True,
@@ -92,6 +95,128 @@ def test_resuming_after_any_epoch_changes_nothing(stop):
     assert resumed.history == whole.history and resumed.restarts == whole.restarts
     weights = resumed.best["weights"]
     assert all(torch.equal(v, weights[k]) for k, v in whole.best["weights"].items())
+
+
+def test_resuming_between_any_two_steps_changes_nothing():
+    """Ten times, each attempt gets as far as one step or one evaluation; through a file."""
+    whole, resume, attempts, places = fit(task(phases=1)), None, 0, set()
+    while attempts < 30:
+        kept = []
+        try:
+            done = fit(task(phases=1), resume=resume, checkpoint=kept.append, deadline=0.0)
+            break
+        except OutOfTime:
+            (state,) = kept
+            places.add((state["progress"]["epoch"], state["progress"]["batch"]))
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            resume, attempts = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True), 1
+    assert {(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)} <= places  # inside, before and after evaluation
+    assert done.history == whole.history
+    weights = done.best["weights"]
+    assert all(torch.equal(v, weights[k]) for k, v in whole.best["weights"].items())
+
+
+class Synchronised(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: values and sizes that it must read."""
+
+    WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if name in self.WAITS:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+def test_nothing_waits_for_the_device_within_a_step():
+    """Clipped, frozen, its branch held, in augmented batches: no step reads a value back."""
+    run = task(augmentation=Augmentation(crop_padding=1, flip=True, label_smoothing=0.1))
+    waits, update = [], Step.__call__
+
+    def watched(step, *inputs):
+        with Synchronised() as mode:
+            loss = update(step, *inputs)
+        waits.append(mode.found)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", watched)
+        fit(run)
+    assert len(waits) == 2 * 3 * 2
+    assert all(found == [] for found in waits), waits[0]
+
+
+def test_an_epoch_uses_what_was_drawn_for_it():
+    """Every image once, with its own label, and what was drawn for its place in the order."""
+    seen, drawn = [], []
+
+    class Watched(Augmentation):
+        def draw(self, n, generator, size, in_channels=3):
+            drawn.append(super().draw(n, generator, size, in_channels) | {"place": torch.arange(n)})
+            return drawn[-1]
+
+        def apply(self, images, rows):
+            seen.append((images.clone(), rows["place"], rows["corner"]))
+            return super().apply(images, rows)
+
+    run, labels = task(method=False, phases=1, epochs=2, augmentation=Watched(crop_padding=1)), []
+    run.loss = lambda logits, y, inputs: (labels.append(y), F.cross_entropy(logits, y))[1]
+    fit(run)
+    assert len(drawn) == 2 and len(seen) == 4
+    assert torch.equal(torch.cat([place for _, place, _ in seen[:2]]), torch.arange(60))
+    assert torch.equal(torch.cat([corner for _, _, corner in seen[2:]]), drawn[1]["corner"])
+    digits, pixels = run.data, torch.cat([images for images, _, _ in seen[:2]]).flatten(1)
+    trained = {tuple(row): label for row, label in zip(
+        digits.train_images[run.train].flatten(1).tolist(),
+        digits.train_labels[run.train].tolist(), strict=True)}  # fmt: skip
+    assert len(trained) == 60 == len({tuple(row) for row in pixels.tolist()})
+    assert [trained[tuple(row)] for row in pixels.tolist()] == torch.cat(labels[:2]).tolist()
+
+
+@pytest.mark.parametrize("how", [{"label_smoothing": 0.2}, {"mixup": 1.0}, {"cutmix": 1.0}])
+def test_mixed_targets_reach_the_loss(how):
+    targets = []
+    run = task(method=False, phases=1, epochs=1, augmentation=Augmentation(**how))
+    run.loss = lambda logits, y, inputs: (targets.append(y), F.cross_entropy(logits, y))[1]
+    fit(run)
+    for y in targets:
+        assert y.shape[1] == 10 and y.is_floating_point()
+        torch.testing.assert_close(y.sum(1), torch.ones(len(y)))
+
+
+def test_dropout_is_drawn_from_the_seed():
+    """What a network draws itself: the same twice, also from another state of the generator."""
+
+    def dropped(start):
+        torch.manual_seed(start)
+        run = task(method=False, phases=1, epochs=1)
+        run.model.fc.register_forward_pre_hook(
+            lambda module, inputs: F.dropout(inputs[0], 0.5, module.training)
+        )
+        done, after = fit(run), torch.rand(())
+        torch.manual_seed(start)
+        assert after == torch.rand(()), "fit used the generator of its caller"
+        return done.history[0]["train_loss"]
+
+    assert dropped(1) == dropped(2) != fit(task(method=False, phases=1)).history[0]["train_loss"]
+
+
+def test_bfloat16_trains_and_is_evaluated_in_float32():
+    run, seen = task(method=False, phases=1, epochs=8, precision="bfloat16"), set()
+    run.model.fc.register_forward_hook(lambda fc, _, out: seen.add((fc.training, out.dtype)))
+    done = fit(run)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert all(v.dtype != torch.bfloat16 for v in done.best["weights"].values())
+    assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
+    split = Split.test(run.data, "cpu")
+    run.model.load_state_dict(done.best["weights"])
+    want = done.history[done.best["index"]]["test_accuracy"]
+    assert accuracy(deployed_copy(run.model.eval()), split) == want
 
 
 def test_a_deadline_leaves_a_checkpoint():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 GAIN = 1.1  # what twice as many cells must bring together
-TICKS = 3  # epochs of every cell, of which the last two are measured
+EPOCHS = 3  # that are measured, for each cell
 MEMORY = 0.9  # of the GPU's memory may be used
 
 
@@ -32,6 +32,15 @@ def next_number(rates: dict[int, float], most: int) -> int:
 
 
 @dataclass
+class Measured:
+    """Epochs that some number of cells finished side by side."""
+
+    epochs: int = 0
+    work: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
 class Packing:
     """Measures the rate of the cells that run, and says how many there should be.
 
@@ -41,30 +50,36 @@ class Packing:
     most: int
     wanted: int = 1
     rates: dict[int, float] = field(default_factory=dict)
+    measured: dict[int, Measured] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
-    seen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    last: dict[str, float | None] = field(default_factory=dict)  # key -> when an epoch ended
 
     def tick(self, running: frozenset[str], key: str, work: float, now: float) -> None:
         """A cell finished an epoch, `work` FLOPs, at `now` seconds, while `running` ran.
 
-        Counted once every one of them has ticked with the same others beside it: before, some are
-        still starting, or being compiled.
+        An epoch counts that began when every one of them had finished one beside the same others:
+        before, some are still starting, or being compiled.
         """
         if running != self.running:
-            self.running, self.seen = running, {}
-        if len(running) != self.wanted or self.wanted in self.rates:
+            self.running, self.last = running, {}
+        number = len(running)
+        if number != self.wanted or number in self.rates:
             return
-        self.seen.setdefault(key, []).append((now, work))
-        if self.seen.keys() < running:
+        together = self.last.keys() >= running
+        before, self.last[key] = self.last.get(key), now
+        if not together:
+            if self.last.keys() >= running:
+                self.last = dict.fromkeys(running, None) | {key: now}
             return
-        begin = max(ticks[0][0] for ticks in self.seen.values())
-        counted = [[t for t in ticks if t[0] >= begin] for ticks in self.seen.values()]
-        if min(map(len, counted)) < TICKS:
+        if before is None:
             return
-        self.rates[self.wanted] = sum(
-            sum(work for _, work in ticks[1:]) / (ticks[-1][0] - ticks[0][0]) for ticks in counted
-        )
-        self.wanted = next_number(self.rates, self.most)
+        found = self.measured.setdefault(number, Measured())
+        found.epochs += 1
+        found.work += work
+        found.seconds += now - before
+        if found.epochs >= EPOCHS * number:
+            self.rates[number] = number * found.work / found.seconds
+            self.wanted = next_number(self.rates, self.most)
 
     def memory(self, running: int, free: int, total: int) -> None:
         """What is free of the GPU's memory, in bytes, while `running` cells are at work."""

@@ -147,8 +147,8 @@ class Step:
             self.say(f"not compiled: {missing} here.")
             self.mode = "none" if self.mode == "default" else self.mode
             return
-        self.forward = torch.compile(self.eager, dynamic=False)
         try:
+            self.forward = torch.compile(self.eager, dynamic=False)
             with self.left_alone():
                 self.update(self.forward, *inputs)
         except Exception as error:  # whatever a compiler stumbles over, the eager step may not
