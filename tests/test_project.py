@@ -19,7 +19,9 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "machine": set(),
     "kernels": {"errors"},
     "branches": {"kernels"},
-    "blocks": {"branches", "kernels"},
+    "squeezing": {"branches", "kernels"},
+    "sharing": {"squeezing", "branches", "kernels"},
+    "blocks": {"sharing", "branches", "kernels"},
     "networks": {"blocks"},
     "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
@@ -38,12 +40,16 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
         "blocks",
     },
+    "benchmark": {
+        "verification", "training", "methods", "official", "models", "convert", "fusing",
+        "networks", "blocks", "machine",
+    },
     "tools": {
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
         "networks", "branches",
     },
-    "report": {"experiments", "analysis", "training", "models", "blocks", "branches", "kernels"},
-    "__main__": {"report", "tools", "experiments", "training"},
+    "report": {"benchmark", "experiments", "analysis", "training", "models", "blocks", "branches", "kernels"},
+    "__main__": {"report", "benchmark", "tools", "experiments", "training"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},
 }  # fmt: skip
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replib import kernels
+from replib import kernels, sharing
 from replib.branches import (
     NORM_AT_RESTORE,
     RULES,
@@ -208,7 +208,10 @@ class RepBlock(Sum):
         return self.run(F.pad(x, amounts, self.padding_mode), (0,) * g.dims, g.stride)
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
-        out = super().run(x, padding, stride)
+        if self.shared and self.training and sharing.applies(self, x):
+            out = sharing.run(self, x, padding, stride)
+        else:
+            out = super().run(x, padding, stride)
         return out if self.post_norm is None else self.post_norm(out)
 
     @property
