@@ -81,7 +81,7 @@ def batches(
     """`images[chunk]` for every chunk, uint8 (n, C, H, W) on `device`.
 
     images: a tensor, best on the device already; or a `Folder`, decoded in the background.
-    chunks: int64 indices, a tensor for each batch.
+    chunks: int64 indices, a tensor for each batch, on the CPU as boxes are.
     boxes: (number of images in all chunks, 4), in that order: top, left, height, width of a crop,
         as fractions of the image in its file. It is cut from the decoded file, before anything
         is resized, and resized to (S, S): torchvision's RandomResizedCrop, given its box. For a
@@ -162,39 +162,35 @@ def decoded(
             f"interpolation (={interpolation!r}) must be one of {', '.join(INTERPOLATIONS)}."
         )
     counts = [len(chunk) for chunk in chunks]
-    parts = [None] * len(chunks) if boxes is None else boxes.double().split(counts)
+    parts = None if boxes is None else boxes.double().split(counts)
     if workers is None:
         workers = min(cores(), sum(counts) // WORTH)
     shape = (min(AHEAD, len(chunks)), max([1, *counts]), images.size, images.size, 3)
     if not chunks:
         return
     slots = np.frombuffer(mmap.mmap(-1, prod(shape)), np.uint8).reshape(shape)
-    inherited = Inherited(images, interpolation, slots)
+    decoder = Decoder(images.size, images.resize, interpolation, slots)
+
+    def work(number: int) -> tuple[list[str], list]:
+        """The files of a batch, by name so that no worker needs the list, and their boxes."""
+        files = [images.files[i] for i in chunks[number].tolist()]
+        return files, [None] * len(files) if boxes is None else parts[number].tolist()
+
     if not workers or sys.platform != "linux":  # elsewhere a process cannot be forked safely
-        for chunk, part in zip(chunks, parts, strict=True):
-            inherited.fill(0, 0, chunk.tolist(), None if part is None else part.tolist())
-            yield slots[0, : len(chunk)]
+        for number, count in enumerate(counts):
+            decoder.fill(0, 0, *work(number))
+            yield slots[0, :count]
         return
-    pool = pool_of(workers, inherited)
+    pool = pool_of(workers, decoder)
     waiting = deque()
 
     def start(number: int) -> None:
         """Divide a batch among the workers; twice as many pieces, as images differ."""
-        index = chunks[number].tolist()
-        part = None if boxes is None else parts[number].tolist()
-        piece = max(8, ceil(len(index) / (2 * workers)))
-        waiting.append(
-            [
-                pool.submit(
-                    fill,
-                    number % len(slots),
-                    first,
-                    index[first : first + piece],
-                    None if part is None else part[first : first + piece],
-                )
-                for first in range(0, len(index), piece)
-            ]
-        )
+        files, places = work(number)
+        piece = max(8, ceil(len(files) / (2 * workers)))
+        pieces = [slice(first, first + piece) for first in range(0, len(files), piece)]
+        slot = number % len(slots)
+        waiting.append([pool.submit(fill, slot, p.start, files[p], places[p]) for p in pieces])
 
     with ended(pool):
         for number in range(len(slots)):
@@ -208,32 +204,31 @@ def decoded(
 
 
 @dataclass(frozen=True)
-class Inherited:
-    """What every worker has from the start: the files, and the memory that all write into."""
+class Decoder:
+    """What every worker inherits: how images are decoded, and the memory that all write into."""
 
-    images: Folder
+    size: int
+    resize: int | None
     interpolation: str
     slots: np.ndarray  # (AHEAD, n, S, S, 3)
 
-    def fill(self, slot: int, first: int, index: list[int], boxes: list | None) -> None:
-        """Decode images into one slot, from row `first` on."""
-        images = self.images
-        for row, number in enumerate(index):
-            file, size = images.files[number], images.size
-            if boxes is None:
-                pixels = decode(file, size, images.resize)
+    def fill(self, slot: int, first: int, files: list[str], boxes: list) -> None:
+        """Decode files into one slot, from row `first` on; a box may be None."""
+        for row, (file, box) in enumerate(zip(files, boxes, strict=True), first):
+            if box is None:
+                pixels = decode(file, self.size, self.resize)
             else:
-                pixels = decode_box(file, size, boxes[row], self.interpolation)
-            self.slots[slot, first + row] = pixels
+                pixels = decode_box(file, self.size, box, self.interpolation)
+            self.slots[slot, row] = pixels
 
 
-_inherited: Inherited | None = None  # set in each worker by its initializer
+_decoder: Decoder | None = None  # set in each worker by its initializer
 
 
-def begin(inherited: object) -> None:
+def begin(decoder: Decoder) -> None:
     """In a new worker: Ctrl-C is its parent's to answer, and it goes as soon as its parent does."""
-    global _inherited
-    _inherited = inherited
+    global _decoder
+    _decoder = decoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what was inherited, perhaps tensors on a GPU, is not this process's to free
     parent = multiprocessing.parent_process()
@@ -247,16 +242,16 @@ def begin(inherited: object) -> None:
 
 def fill(*piece) -> None:
     """In a worker: one piece of a batch."""
-    _inherited.fill(*piece)
+    _decoder.fill(*piece)
 
 
-def pool_of(workers: int, inherited: object = None) -> ProcessPoolExecutor:
+def pool_of(workers: int, decoder: Decoder) -> ProcessPoolExecutor:
     """Processes forked from this one: they start in milliseconds and copy nothing."""
     from PIL import Image
 
     Image.init()  # once, here
     return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=begin, initargs=(inherited,)
+        workers, multiprocessing.get_context("fork"), initializer=begin, initargs=(decoder,)
     )
 
 
