@@ -556,8 +556,9 @@ def test_the_scale_is_timms(increasing, monkeypatch):
         assert (ours is None) == (scale is None)
         if scale is not None:
             side = 60 if known.startswith("Translate") else 1
-            theirs = torch.tensor([scale(x, {})[0] * side for x in level.tolist()])
-            torch.testing.assert_close(ours, theirs.double(), rtol=1e-12, atol=0)
+            theirs = [scale(x, {})[0] * side for x in level.tolist()]
+            theirs = torch.tensor(theirs, dtype=torch.float64)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def test_raug15_draws_every_operation_at_every_level():
