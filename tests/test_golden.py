@@ -19,7 +19,7 @@ from replib.experiments.cells import new_model, recipe_of, split_of, versions_of
 from replib.experiments.params import Cell
 from replib.methods.cycle import Cycle, decay_groups
 from replib.methods.distill import distillation_loss
-from replib.training.data import Dataset, derive, load
+from replib.training.data import derive, load
 from replib.training.loop import Task, fit
 
 FILE = Path(__file__).with_name("golden_traces.json")
@@ -67,9 +67,7 @@ def trace(block: str, method: str) -> tuple[list[float], dict]:
 
 
 @pytest.mark.parametrize("block, method", CASES, ids=lambda value: value)
-def test_trace(block, method, monkeypatch):
-    single = Dataset.normalised
-    monkeypatch.setattr(Dataset, "normalised", lambda *arguments: single(*arguments).double())
+def test_trace(block, method):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     losses, versions = trace(block, method)

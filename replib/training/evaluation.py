@@ -40,7 +40,15 @@ class Split:
     images: uint8 (N, C, H, W), or a folder's; indices: those that count.
     """
 
-    def __init__(self, images, labels: Tensor, indices: Tensor, data: Dataset, device: str):
+    def __init__(
+        self,
+        images: Tensor | loader.Folder,
+        labels: Tensor,
+        indices: Tensor,
+        data: Dataset,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+    ):
         height, width = images.shape[-2:]
         batch = max(1, BATCH_PIXELS[torch.device(device).type] // (height * width))
         self.images, self.indices, self.device = images, indices, device
@@ -48,15 +56,15 @@ class Split:
             self.images, self.indices = images.to(device), indices.to(device)
         self.chunks = self.indices.split(batch)
         self.labels = labels[indices].to(device).split(batch)
-        self.normalise = Normalise(data, device)
+        self.normalise = Normalise(data, device, dtype)
         few = 4 * len(indices) * images.shape[1] * height * width <= KEPT_BYTES
         self.kept: list[Tensor] | None = [] if few else None
 
     @classmethod
-    def test(cls, data: Dataset, device: str) -> Split:
+    def test(cls, data: Dataset, device: str, dtype: torch.dtype = torch.float32) -> Split:
         """The test split of a data set."""
         everything = torch.arange(len(data.test_labels))
-        return cls(data.test_images, data.test_labels, everything, data, device)
+        return cls(data.test_images, data.test_labels, everything, data, device, dtype)
 
     def __len__(self) -> int:
         return len(self.indices)

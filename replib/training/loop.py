@@ -134,13 +134,15 @@ class Run:
         self.written, self.worked = time.monotonic(), False
         data, device = task.data, task.device
         self.model = task.model.to(device, memory_format=torch.channels_last)
-        self.normalise = Normalise(data, device, next(self.model.parameters()).dtype)
+        dtype = next(self.model.parameters()).dtype
+        self.normalise = Normalise(data, device, dtype)
         self.images = data.train_images
         if isinstance(self.images, Tensor):
             self.images = self.images.to(device)
         self.labels = data.train_labels.to(device)
-        self.test = Split.test(data, device)
-        self.held_out = Split(self.images, data.train_labels, task.validation, data, device)
+        self.test = Split.test(data, device, dtype)
+        held_out = task.validation
+        self.held_out = Split(self.images, data.train_labels, held_out, data, device, dtype)
         self.step: Step | None = None
         self.deployed: nn.Module | None = None
         self.progress = Progress(loss=torch.zeros((), device=device))
