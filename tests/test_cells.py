@@ -9,17 +9,19 @@ from replib.experiments.cells import (
     key_of,
     new_model,
     plan,
+    recipe_of,
     run_cell,
     split_of,
     trained_model,
     versions_of,
 )
-from replib.experiments.params import Cell, Table
-from replib.experiments.store import Store
+from replib.experiments.params import ADDED, Cell, Table
+from replib.experiments.store import Store, sha256
 from replib.methods import cycle, distill
 from replib.methods.distill import distillation_loss
 from replib.models import BODY_VERSIONS
 from replib.report.results import Results
+from replib.training.augmentation import Augmentation
 from replib.training.evaluation import Split, accuracy
 
 CELL = dict(data="digits", train_images=60, held_out=20, body="digits", epochs=6, batch_size=20,
@@ -150,6 +152,48 @@ def test_a_key_names_everything_that_a_result_depends_on(monkeypatch):
     monkeypatch.setitem(BODY_VERSIONS, "digits", 2)
     keys.add(key_of(cell, "digest"))
     assert len(keys) == 8 and versions_of(cell)["body:digits"] == 2
+
+
+def test_a_new_key_at_its_default_changes_no_key():
+    """Cells that were trained before a key existed keep theirs; where it is set it counts."""
+    cell = Cell.model_validate(CELL | {"seed": 0, "crop_padding": 2})
+    before = {name: value for name, value in cell.model_dump().items() if name not in ADDED}
+    del before["data_dir"]
+    versions = versions_of(cell)
+    assert key_of(cell, "d") == sha256({"parameters": before, "data": "d", "versions": versions})
+    changes = dict(precision="bfloat16", resized_crop=8, crop_area=[0.2, 1.0], cutout=2, mixup=0.1,
+                   crop_ratio=[0.5, 2.0], crop_interpolation="bicubic", policy="v0", cutmix=0.1,
+                   policy_interpolation="bicubic", fill=[128], brightness=0.1, contrast=0.1,
+                   saturation=0.1, hue=0.1, lighting=0.1, erasing=0.1, mix_each=True,
+                   label_smoothing=0.1)  # fmt: skip
+    assert changes.keys() == ADDED
+    keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}
+    assert len(keys | {key_of(cell, "d")}) == len(changes) + 1
+
+
+def test_an_augmented_cell_in_bfloat16(tmp_path, monkeypatch):
+    """What is asked for reaches the loop and stands in the evidence; how it was compiled too,
+    which is no part of the key."""
+    settings = dict(seed=0, epochs=1, precision="bfloat16", crop_padding=1, label_smoothing=0.1)
+    table = Table.model_validate(
+        dict(title="t", question="q", control="a", seeds=[0], cell=CELL,
+             rows={"a": row(**{k: v for k, v in settings.items() if k != "seed"})})
+    )  # fmt: skip
+    made, store = plan(table), Store(tmp_path)
+    (planned,) = made.cells.values()
+    recipe = recipe_of(planned.cell)
+    assert recipe.precision == "bfloat16"
+    assert recipe.augmentation == Augmentation(crop_padding=1, label_smoothing=0.1)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = {}
+    for mode in ("none", "default"):
+        run_cell(planned, made.cells, store, compile=mode)
+        found[mode] = store.read(planned.key)
+        context = found[mode]["context"]
+        assert (context["compile"], context["precision"]) == (mode, "bfloat16")
+        assert context["evaluation_precision"] == "float32"
+    assert found["none"]["result"] == found["default"]["result"]
+    assert found["none"]["result"]["parameters"]["label_smoothing"] == 0.1
 
 
 def test_gains_are_over_the_row_that_is_named_and_proxies_are_not_comparable():

@@ -275,7 +275,8 @@ def run_cell(
         model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
     teacher = None
     if cell.teacher is not None:
-        teacher = deployed_copy(trained_model(plan_cells[cell.teacher], store)).to(device)
+        teacher = deployed_copy(trained_model(plan_cells[cell.teacher], store))
+        teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
     method = cycle_of(cell, model)
     task = Task(
         model=model,

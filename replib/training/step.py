@@ -29,6 +29,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # is repaid after minutes; `auto` asks for about an hour of one core (3e10 FLOPs a second). A GPU
 # spends some 20 ms on launching the eager step, which this number of steps turns into minutes.
 WORTH_FLOPS, WORTH_STEPS = 1e14, 5000
+NETWORKS = 64  # structures that one process compiles before it stops to
 WARM_UP = 3  # steps before a recording, as torch.cuda.graphs asks for
 
 
@@ -149,7 +150,8 @@ class Step:
             return
         try:
             self.forward = torch.compile(self.eager, dynamic=False)
-            with self.left_alone():
+            # A process that trains one network after another keeps what it compiled for each.
+            with self.left_alone(), torch._dynamo.config.patch(recompile_limit=NETWORKS):
                 self.update(self.forward, *inputs)
         except Exception as error:  # whatever a compiler stumbles over, the eager step may not
             self.say(f"not compiled: {in_one_line(error)}")
