@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup list reports proofs figure lab test test-all check clean
+.PHONY: help setup list reports proofs figure bench bench-gpu lab test test-all check clean
 
 ## help                 this list
 help:
@@ -32,6 +32,17 @@ proofs: .venv/ready
 ## figure               draw README's picture again, from the published evidence
 figure: .venv/ready
 	@$(BIN)/python -m replib figure table2 --profile quick --out docs/table2-quick.png
+
+## bench                measure speed and memory side by side, 12 minutes: reports/bench.html
+##                      [CASES="a1/ cycle"] [FRESH=1]; killed, the same command goes on
+bench: .venv/ready
+	@$(BIN)/python -m replib bench --profile --budget-seconds 700 $(if $(CASES),--cases $(CASES)) $(if $(FRESH),--fresh)
+	@$(BIN)/python -m replib reproduce bench
+
+## bench-gpu            the same on a GPU, 9 minutes; torch and torchvision are all it needs
+bench-gpu: .venv/ready
+	@$(BIN)/python -m replib bench --device cuda --profile --budget-seconds 540 $(if $(FRESH),--fresh)
+	@$(BIN)/python -m replib reproduce bench
 
 ## lab                  JupyterLab on the notebooks
 lab: .venv/ready

@@ -57,11 +57,30 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="tables, profiles and what they need; notebooks")
     commands.add_parser("proofs", help="render the proofs and explanations; trains no table")
     commands.add_parser("reports", help="render every page that has evidence; trains nothing")
+    bench_command(commands)
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
     evidence.add_argument("action", choices=("add", "check"))
     evidence.add_argument("files", nargs="*", type=Path, help="add: bundles; check: default all")
     network_commands(commands)
     return out
+
+
+def bench_command(commands) -> None:
+    """bench: speed and memory, side by side."""
+    text = "measure speed and memory as ratios, side by side; killed, the same command goes on"
+    bench = commands.add_parser("bench", help=text, description=text)
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    bench.add_argument("--cases", nargs="+", metavar="CASE", help="all; NAME/ is all below it")
+    bench.add_argument("--quick", action="store_true", help="tiny networks: does it run at all")
+    bench.add_argument("--list", action="store_true", help="the cases, and what they take")
+    bench.add_argument("--budget-seconds", type=float, help="begin nothing that takes longer")
+    bench.add_argument("--threads", type=int, help="of a processor (all cores)")
+    bench.add_argument("--profile", action="store_true", help="where the time of a target goes")
+    bench.add_argument("--fresh", action="store_true", help="measure again what the file holds")
+    bench.add_argument("--verbose", action="store_true", help="show what a failing case says")
+    bench.add_argument(
+        "--out", type=Path, help="the JSON file (reports/measurements/bench-PROCESSOR.json)"
+    )
 
 
 def network_commands(commands) -> None:
@@ -295,6 +314,32 @@ def evidence(arguments: argparse.Namespace) -> None:
         print(f"{len(found)} evidence files from {path} are in {store.published}.")
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from replib.benchmark import running
+    from replib.experiments.store import home
+
+    device = arguments.device
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"device (={device!r}) is not on this machine: say cpu.")
+    folder = home() / "reports" / ("runs" if arguments.quick else "measurements")
+    shared = Path(os.environ.get("REPLIB_SHARED", home().parent / "shared"))
+    return running.main(
+        device,
+        arguments.out or folder / running.file_name(device),
+        quick=arguments.quick,
+        show=arguments.list,
+        cases=arguments.cases,
+        budget_seconds=positive("--budget-seconds", arguments.budget_seconds),
+        threads=positive("--threads", arguments.threads),
+        profile=arguments.profile,
+        fresh=arguments.fresh,
+        verbose=arguments.verbose,
+        vectors=shared / "vectors",
+    )
+
+
 def train(arguments: argparse.Namespace) -> None:
     from replib.experiments.params import Cell
     from replib.tools import named_data, train
@@ -348,6 +393,7 @@ COMMANDS = {
     "list": list_tables,
     "proofs": proofs,
     "reports": reports,
+    "bench": bench,
     "evidence": evidence,
     "train": train,
     "test": test,

@@ -48,7 +48,10 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
         "networks", "branches",
     },
-    "report": {"benchmark", "experiments", "analysis", "training", "models", "blocks", "branches", "kernels"},
+    "report": {
+        "benchmark", "experiments", "analysis", "training", "models", "blocks", "branches",
+        "kernels",
+    },
     "__main__": {"report", "benchmark", "tools", "experiments", "training"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},
 }  # fmt: skip
