@@ -40,7 +40,7 @@ DATA = {
 }
 RESIDENT_BYTES = 4e9  # of decoded images, 3 bytes a pixel; more stay in their files
 DIGITS_POOL = 1000  # the first 1000 of 1797 digits train, the last 797 test
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 STATISTICS = {  # mean and standard deviation per channel, images in [0, 1]
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -265,12 +265,13 @@ def listing(root: Path) -> dict[str, list[str]]:
     """The image files of every class folder, sorted by name."""
     found = {}
     for folder in sorted(path for path in root.resolve().iterdir() if path.is_dir()):
-        paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = sorted(map(str, paths))
+        with os.scandir(folder) as entries:  # a Path for each of a million files takes seconds
+            names = sorted(e.name for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES))
+        files = [f"{folder}{os.sep}{name}" for name in names]
         if len(files) < 2:
             raise UserError(
                 f"{folder} has {len(files)} image{'s' * (len(files) != 1)}: every class needs at "
-                f"least 2 (files ending in {', '.join(sorted(IMAGE_SUFFIXES))})."
+                f"least 2 (files ending in {', '.join(IMAGE_SUFFIXES)})."
             )
         found[folder.name] = files
     if len(found) < 2:
@@ -339,7 +340,7 @@ def inspected(file: str) -> list[int]:
 
 def stamp(files: list[str]) -> list[str]:
     """Name, length and time of change of every file: what is kept of them is valid as long."""
-    stats = ((file, Path(file).stat()) for file in files)
+    stats = ((file, os.stat(file)) for file in files)  # noqa: PTH116 (a Path takes five times as long)
     return [f"{file} {s.st_size} {s.st_mtime_ns}" for file, s in stats]
 
 
