@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from replib import kernels
-from replib.branches import Chain, Convolution, Filter, Piece, Scale, Sizes, Sum
+from replib.branches import AveragePool, Chain, Convolution, Filter, Piece, Scale, Sizes, Sum
 from replib.kernels import Kernel
 
 MOVED = 16  # multiply-adds that take as long as reading and writing one number
+DECLARED = 10**7  # multiply-adds in the time that it takes to describe a kernel of any size
 BLOCK = 4  # inputs of a depthwise kernel that are multiplied as one matrix, zeros included
 
 Values = dict[Piece, Tensor]  # the weight of each leaf, and the rate of each sum that has one
@@ -50,7 +51,7 @@ def run(piece: Sum, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         return Sum.run(piece, x, padding, stride)
     axes = zip(x.shape[2:], padding, piece.extent, stride, strict=True)
     before = len(x) * prod(x.shape[2:])
-    after = len(x) * prod((size + 2 * p - e) // s + 1 for size, p, e, s in axes)
+    after = len(x) * prod([(size + 2 * p - e) // s + 1 for size, p, e, s in axes])
     # Autocast rounds every map: there the kernel is made, in full precision, whatever the batch.
     cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     chains = chains_of(piece)
@@ -210,10 +211,10 @@ def whole(chains: Chains) -> Form:
 def left_on_map(chains: Chains, before: int, after: int) -> tuple[str, ...]:
     """The branches that are cheaper on a map of so many pixels before and after the stride."""
     form = whole(chains)
-    on_map, cheaper, with_kernel = 0.0, [], map_cost(form, after)
+    on_map, cheaper, with_kernel = 0.0, [], DECLARED + map_cost(form, after)
     for name, chain, fixed in chains:
         in_kernel = MOVED * form.weights + order(chain)[1]
-        last = max((i for i, link in enumerate(chain) if max(link.size) > 1), default=0)
+        last = max([i for i, link in enumerate(chain) if max(link.size) > 1], default=0)
         cost = sum(map_cost(link, after if i >= last else before) for i, link in enumerate(chain))
         cost = float("inf") if fixed else cost + MOVED * after * form.out_channels
         if cost < in_kernel:
@@ -244,63 +245,74 @@ class Weight(NamedTuple):
 
 @lru_cache
 def multiplies(first: Form, second: Form) -> bool:
-    """Whether `Product` takes these two: one has a single tap, and the groups divide."""
+    """Whether two kernels are a batch of matrices: one has a single tap, the groups divide."""
     groups = sorted((first.groups, second.groups))
     return min(max(first.size), max(second.size)) == 1 and groups[1] % groups[0] == 0
-
-
-@lru_cache
-def layout(first: Form, second: Form) -> tuple[Form, tuple[str, str, str], Sizes, Sizes]:
-    """The product's form; its axes (second, first, product); the shapes of second and first.
-
-    Axes: g groups, r groups inside, o and i channels, t channels between, k and l taps.
-    """
-    fine, coarse = max(first.groups, second.groups), min(first.groups, second.groups)
-    inside, between = fine // coarse, first.out_channels // fine
-    if first.groups == fine:
-        axes, outer = ("gortk", "grtil", "gorikl"), (second.out_channels // coarse, inside)
-    else:
-        axes, outer = ("grotk", "grtil", "groikl"), (inside, second.out_channels // fine)
-    seconds = coarse, *outer, between, prod(second.size)
-    firsts = coarse, inside, between, first.in_channels // first.groups, prod(first.size)
-    return joined(first, second), axes, seconds, firsts
 
 
 class Product:
     """Two kernels that have not been multiplied out yet; at most one of them has several taps.
 
-    Group by group: where one kernel has more groups than the other, no zeros are multiplied,
-    except in blocks of a few channels, which are faster than single ones.
+    Group by group, as a batch of matrices: where one kernel has more groups than the other, no
+    zeros are multiplied, except in blocks of a few channels, which are faster than single ones.
     """
 
     def __init__(self, first: Weight, second: Weight):
         fine, coarse = first.form.groups, second.form.groups
         if fine > coarse and first.form.in_channels // fine < BLOCK:
             first = first.regrouped(fine // gcd(fine // coarse, BLOCK))
-        self.form, self.axes, seconds, firsts = layout(first.form, second.form)
-        self.second, self.first = second.tensor.reshape(seconds), first.tensor.reshape(firsts)
+        a, b = first.form, second.form
+        fine, coarse = max(a.groups, b.groups), min(a.groups, b.groups)
+        inside, between, taps = fine // coarse, a.out_channels // fine, prod(b.size)
+        self.form = joined(a, b)
+        # A group of the product holds `inside` groups of the finer kernel: along its inputs where
+        # that is the first one, along its outputs where it is the second.
+        along_inputs = a.groups == fine
+        outer = (b.out_channels // coarse, inside) if along_inputs else (inside, -1)
+        left = second.tensor.reshape(coarse, *outer, between, taps)
+        left = left.permute((0, 2, 1, 4, 3) if along_inputs else (0, 1, 2, 4, 3))
+        self.split = *left.shape[:4], a.in_channels // a.groups, prod(a.size)
+        self.turn = (0, 2, 1, 4, 3, 5) if along_inputs else (0, 1, 2, 4, 3, 5)  # its own inverse
+        self.left = left.reshape(fine, -1, between)
+        self.right = first.tensor.reshape(fine, between, -1)
 
     def value(self) -> Tensor:
-        second, first, product = self.axes
-        out = torch.einsum(f"{second},{first}->{product}", self.second, self.first)
-        return out.reshape(self.form.out_channels, -1, *self.form.size)
+        out = torch.bmm(self.left, self.right).view(self.split).permute(self.turn)
+        # A sum of differently strided tensors takes ten times as long as a copy.
+        return out.reshape(self.form.out_channels, -1, *self.form.size).contiguous()
 
     def gradients(self, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each factor with its gradient, where `grad` is that of the value."""
-        second, first, product = self.axes
-        sizes = dict(zip(second + first, (*self.second.shape, *self.first.shape), strict=True))
-        grad = grad.reshape([sizes[axis] for axis in product])
-        if self.second.requires_grad:
-            yield self.second, torch.einsum(f"{product},{first}->{second}", grad, self.first)
-        if self.first.requires_grad:
-            yield self.first, torch.einsum(f"{second},{product}->{first}", self.second, grad)
+        grad = grad.reshape([self.split[axis] for axis in self.turn]).permute(self.turn)
+        grad = grad.reshape(len(self.left), self.left.shape[1], -1)
+        if self.left.requires_grad:
+            yield self.left, torch.bmm(grad, self.right.mT)
+        if self.right.requires_grad:
+            yield self.right, torch.bmm(self.left.mT, grad)
+
+
+class Scaled(NamedTuple):
+    """A weight, and a factor per output channel that it has not been multiplied with yet."""
+
+    weight: Tensor
+    factor: Tensor
+
+    def value(self) -> Tensor:
+        return self.weight * self.factor
+
+    def gradients(self, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each factor with its gradient, where `grad` is that of the value."""
+        if self.weight.requires_grad:
+            yield self.weight, grad * self.factor
+        if self.factor.requires_grad:
+            yield self.factor, (grad * self.weight).flatten(1).sum(1).view_as(self.factor)
 
 
 class Total(NamedTuple):
     """A sum of weights and of products that have not been multiplied out yet, of one form."""
 
     done: list[Tensor]
-    products: list[Product]
+    products: list[Product | Scaled]
 
     def value(self) -> Tensor:
         return reduce(add, [*self.done, *(product.value() for product in self.products)])
@@ -339,7 +351,7 @@ def total(piece: Sum, chains: Chains, values: Values) -> Total:
         if max(first.form.size) == 1 and second.form.depthwise:
             filtered.append((first, second))
         else:
-            products.append(Product(first, second))
+            products.append(product(first, second))
     return Total(done, [*products, Product(*stacked(filtered))] if filtered else products)
 
 
@@ -367,17 +379,32 @@ def weight_of(piece: Piece, values: Values) -> Weight:
     if isinstance(piece, Scale):
         return Weight(form, values[piece].view(-1, *(1,) * (piece.dims + 1)))
     if isinstance(piece, Convolution):
-        weight = values[piece]
-        offset = piece.identity_weight(weight.dtype) if piece.offset else None
-        return Weight(form, weight if offset is None else weight + offset)
-    return Weight(form, piece.kernel(next(iter(values.values())).dtype).weight)  # a fixed filter
+        return Weight(form, values[piece] + offset(piece) if piece.offset else values[piece])
+    dtype = next(iter(values.values())).dtype  # what remains is a fixed filter
+    exact = piece.kernel(dtype).weight if isinstance(piece, AveragePool) else piece.weight.to(dtype)
+    return Weight(form, exact)
+
+
+def offset(piece: Convolution) -> Tensor:
+    """What `Convolution.effective_weight` adds, in two steps where there is one tap."""
+    weight = piece.weight
+    if max(piece.extent) > 1:
+        return piece.identity_weight(weight.dtype)
+    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return eye.repeat(len(weight) // len(eye), 1).view(weight.shape)
+
+
+def product(first: Weight, second: Weight) -> Product | Scaled:
+    """`first`, then `second`, not multiplied out yet."""
+    if second.form.depthwise and max(second.form.size) == 1:
+        return Scaled(first.tensor, second.tensor)
+    return Product(first, second)
 
 
 def composed(first: Weight, second: Weight) -> Weight:
     """`first`, then `second`."""
     if multiplies(first.form, second.form):
-        product = Product(first, second)
-        return Weight(product.form, product.value())
+        return Weight(joined(first.form, second.form), product(first, second).value())
     kernel = kernels.composed(
         *(
             Kernel(w.tensor, w.tensor.new_zeros(len(w.tensor)), w.form.groups, w.form.dilation)
@@ -425,7 +452,7 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def forward(kernel: Callable[..., Total], *tensors: Tensor) -> Tensor:
-        weight = kernel(*tensors).value().contiguous()
+        weight = kernel(*tensors).value()
         return weight.view_as(weight)  # it may be one of the tensors
 
     @staticmethod
