@@ -299,6 +299,8 @@ def test_erased_boxes_hold_normal_noise_and_are_timms():
         assert similar(ours[:, column], theirs[:, column]) > ALIKE
     assert similar(ours[:, 2] * 100 + ours[:, 3], theirs[:, 2] * 100 + theirs[:, 3]) > ALIKE
     assert stats.kstest(out[out != 9].numpy(), "norm").pvalue > ALIKE
+    many = augment.draw(20000, seeded(), side)["erase"]
+    assert stats.binomtest(int((many[:, 1] > many[:, 0]).sum()), 20000).pvalue > ALIKE
     top, bottom, left, right = augment.draw(n, seeded(), 4)["erase"].unbind(1)
     assert (bottom - top).max() == (right - left).max() == 3  # never a whole side
 
@@ -408,6 +410,13 @@ def test_boxes_are_torchvisions(size):
         for fault in faults:
             box = Augmentation(resized_crop=32, **fault).draw(n, seeded(), size)["box"] * 64
             assert least(box.round().long()) < UNLIKE
+
+
+def test_boxes_reach_every_place():
+    quarter = Augmentation(resized_crop=4, crop_area=(0.25, 0.25), crop_ratio=(1.0, 1.0))
+    box = (quarter.draw(3000, seeded(), 4)["box"] * 4).long()
+    assert box[:, 2:].eq(2).all() and len(counts(box[:, 0] * 3 + box[:, 1])) == 9
+    assert stats.chisquare(counts(box[:, 0] * 3 + box[:, 1])).pvalue > ALIKE
 
 
 def test_boxes_follow_the_shape_of_every_file():
@@ -648,6 +657,8 @@ def test_shares_and_patches_are_timms():
     for column in range(4):
         edges = [box[column] for box in patches]
         assert stats.ks_2samp(patch[cut, column], edges).pvalue > ALIKE
+    within = (patch[:, 0] > 0) & (patch[:, 1] < 40) & cut
+    assert set(((patch[:, 1] - patch[:, 0])[within] % 2).tolist()) == {0, 1}  # odd sides too
     only = Augmentation(mixup=0.2).draw(n, seeded(), 8)
     assert torch.equal(only["patch"][:, ::2], only["patch"][:, 1::2])  # empty
     assert stats.kstest(only["share"], "beta", (0.2, 0.2)).pvalue > ALIKE
