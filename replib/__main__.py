@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -166,10 +167,13 @@ def run(arguments: argparse.Namespace) -> None:
     from replib.experiments.store import compact
     from replib.report.results import Results
 
+    budget = positive("--budget-seconds", arguments.budget_seconds)
     results = Results(arguments.table, arguments.profile, arguments.set)
+    if budget is not None:  # of the whole command: reading and planning count
+        budget -= time.monotonic() - arguments.started
     done = results.train(
         workers=positive("--workers", arguments.workers),
-        budget_seconds=positive("--budget-seconds", arguments.budget_seconds),
+        budget_seconds=budget,
         checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
         device=arguments.device,
         compile=arguments.compile or "auto",
@@ -403,8 +407,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, 1 where a check fails, or 2 with one line for a user's mistake."""
+    started = time.monotonic()
     try:
         arguments = parser().parse_args(argv)
+        arguments.started = started
         return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
         print(f"replib: {error}", file=sys.stderr)

@@ -122,7 +122,7 @@ def test_a_budget_stops_and_goes_on(project, in_process, undisturbed, capfd):
     add_table(project)
     stops = inside = 0
     while len(results(project)) < CELLS:
-        assert main([*RUN, "--budget-seconds", "0.15"]) == 0
+        assert main([*RUN, "--budget-seconds", "0.3"]) == 0
         out = capfd.readouterr().out
         left = CELLS - len(results(project))
         assert (f"{left} cells not finished" in out) == (left > 0)

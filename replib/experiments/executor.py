@@ -131,7 +131,7 @@ def run_plan(
     (`packing`). compile: of replib.training.step.MODES.
     budget_seconds: new cells are started until it is over, whether or not they can finish; then
     each writes its checkpoint after the step it is at. One that has not, `GRACE` seconds later, is
-    stopped, and goes on from the checkpoint before.
+    stopped, and goes on from the checkpoint before. May be 0 or less: one step of each worker.
     It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
     Raises: UserError where results cannot be written, or a worker died.
     """
@@ -159,7 +159,7 @@ def run_plan(
     packing = Packing(most) if device.startswith("cuda") and workers is None else None
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future, Planned] = {}
-    trained = stopped = 0
+    trained, stopped, begun = 0, 0, None
     ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
     pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1))
     bar = tqdm(
@@ -173,8 +173,9 @@ def run_plan(
     )
     try:
         while waiting or running:
-            late = deadline is not None and time.monotonic() > deadline
-            if late and time.monotonic() > deadline + GRACE:
+            # Every call starts something, so that even the shortest budget gets to the end.
+            late = begun is not None and deadline is not None and time.monotonic() > deadline
+            if late and time.monotonic() > max(deadline, begun) + GRACE:
                 break
             now_running = {planned.key for planned in running.values()}
             for key, planned in list(waiting.items()):
@@ -194,6 +195,7 @@ def run_plan(
                 running[pool.submit(work, planned, family, store, options)] = planned
                 now_running.add(key)
                 del waiting[key]
+            begun = begun or time.monotonic()
             if not running:
                 break
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
