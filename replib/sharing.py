@@ -526,7 +526,7 @@ def slope_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """gamma and beta of a norm, each (O,), both times a factor."""
     both = layer.weight.to(dtype), layer.bias.to(dtype)
-    return both if factor is None else tuple(value * factor for value in both)
+    return both if factor is None else tuple((value * factor).to(dtype) for value in both)
 
 
 def batch_norm(

@@ -31,7 +31,7 @@ from replib.models.mobile import mobileone
 from replib.models.replknet import feed_forward, large_kernel_block
 from replib.models.repmlpnet import unit
 from replib.models.resnet import resnet
-from replib.networks import outermost_blocks
+from replib.networks import branch_by_branch, outermost_blocks
 
 torch.set_num_threads(1)
 RATE = 0.3
@@ -447,6 +447,7 @@ SQUEEZED = ("orepa", "orepa_1x1", "orepa_stem", "orepa_stem_base", "orepa_repvgg
 @over("form", SQUEEZED)
 def test_a_squeezed_kernel_is_made_in_full_precision(form, monkeypatch):
     module, x = made(form)
+    branch_by_branch(module)  # the form that always makes the whole kernel
     with kernels_convolved(monkeypatch) as plainly:
         module(x)
     with kernels_convolved(monkeypatch) as cast, torch.autocast("cpu", torch.bfloat16):
@@ -536,8 +537,11 @@ def test_channels_last_computes_the_same(form, training):
     same_state_nearly(twin, module)
 
 
+POOLED = ("dbb, 3-D", "orepa, 3-D")
+
+
 @over("training", [True, False], ids=["train", "eval"])
-@over("form", [f for f in WITH_LAST if f not in NETWORKS and f != "dbb, 3-D" and "mlp" not in f])
+@over("form", [f for f in WITH_LAST if f not in NETWORKS and f not in POOLED and "mlp" not in f])
 def test_channels_last_stays_so_throughout_a_block(form, training):
     """No map is copied into another format on the way.
 
@@ -567,6 +571,7 @@ def test_channels_last_is_deployed(form):
 @over_forms(ALL)
 def test_sync_batch_norm_keeps_the_tree(form):
     module, x = made(form)
+    branch_by_branch(module)  # as it is evaluated where statistics are exchanged: equal to the bit
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     theirs = [m for m in twin.modules() if isinstance(m, _BatchNorm)]
