@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, reduce
+from functools import lru_cache, reduce, wraps
 from itertools import pairwise
 from math import gcd, prod
 from operator import add
@@ -127,6 +127,17 @@ class Form(NamedTuple):
         return Kernel(weight, None, self.groups, self.dilation)
 
 
+def remembered(function: Callable) -> Callable:
+    """The function with a memory, which torch.compile, which would warn of it, does not see."""
+    remembering = lru_cache(function)
+
+    @wraps(function)
+    def either(*arguments):
+        return (function if torch.compiler.is_compiling() else remembering)(*arguments)
+
+    return either
+
+
 Forms = tuple[Form, ...]
 Chains = tuple[tuple[str, Forms, bool], ...]
 
@@ -147,7 +158,7 @@ def form_of(piece: Piece) -> Form:
     return Form(out_channels, in_channels, groups, size, dilation)
 
 
-@lru_cache
+@remembered
 def joined(first: Form, second: Form) -> Form:
     """The form of `first`, then `second`."""
     dilation = kernels.common_dilation(first, second)
@@ -157,7 +168,7 @@ def joined(first: Form, second: Form) -> Form:
     return Form(second.out_channels, first.in_channels, groups, size, dilation)
 
 
-@lru_cache
+@remembered
 def summed(forms: Forms) -> Form:
     """The form of the sum."""
 
@@ -180,7 +191,7 @@ def map_cost(form: Form, pixels: int) -> float:
     return form.weights * pixels + MOVED * (form.weights + form.out_channels * pixels)
 
 
-@lru_cache
+@remembered
 def order(chain: Forms) -> tuple[tuple[int, ...], float]:
     """Which neighbours to multiply out, one pair after the other, the cheapest first; the cost."""
     steps, cost = (), 0.0
@@ -201,13 +212,13 @@ def chains_of(piece: Sum) -> Chains:
     )
 
 
-@lru_cache
+@remembered
 def whole(chains: Chains) -> Form:
     """The form of the sum of some branches."""
     return summed(tuple(reduce(joined, chain) for _, chain, _ in chains))
 
 
-@lru_cache
+@remembered
 def left_on_map(chains: Chains, before: int, after: int) -> tuple[str, ...]:
     """The branches that are cheaper on a map of so many pixels before and after the stride."""
     form = whole(chains)
@@ -243,7 +254,7 @@ class Weight(NamedTuple):
         return Weight(self.form._replace(size=form.size, dilation=form.dilation), kernel.weight)
 
 
-@lru_cache
+@remembered
 def multiplies(first: Form, second: Form) -> bool:
     """Whether two kernels are a batch of matrices: one has a single tap, the groups divide."""
     groups = sorted((first.groups, second.groups))
