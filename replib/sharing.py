@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from replib import kernels, squeezing
 from replib.branches import (
+    AVERAGE_POOL,
     AveragePool,
     Chain,
     Convolution,
@@ -51,6 +52,7 @@ from replib.kernels import Kernel
 # and only where the pixels outnumber them: otherwise the products of small matrices dominate.
 COVARIANCE_CHANNELS = 64
 COVARIANCE_PIXELS = 8  # pixels per channel
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class Map:
@@ -366,6 +368,44 @@ class MapCovariance(torch.autograd.Function):
         return conv(x, weight.to(x.dtype), shift.to(x.dtype)), None
 
 
+class Pooled(torch.autograd.Function):
+    """Average pooling, x (N, C, *space) by a depthwise kernel (C, 1, *size); saves no map.
+
+    PyTorch's keeps its input for the sake of its shape. On a processor a depthwise convolution is
+    several times faster than pooling, in channels-last above all.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, padding, stride, dilation) -> Tensor:
+        size = tuple(weight.shape[2:])
+        fits = max(dilation) == 1 and all(2 * p <= k for p, k in zip(padding, size, strict=True))
+        if fits and not (x.is_cpu and not torch.compiler.is_compiling()):
+            return AVERAGE_POOL[len(size)](x, size, stride, padding)
+        convolution = kernels.CONVOLUTION[len(size)]
+        return convolution(x, weight, None, stride, padding, dilation, x.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, ctx.padding, ctx.stride, ctx.dilation = inputs
+        ctx.space = tuple(x.shape[2:])
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        axes = zip(
+            ctx.space, grad.shape[2:], weight.shape[2:], ctx.padding, ctx.stride, ctx.dilation,
+            strict=True,
+        )  # fmt: skip
+        rest = [i - ((o - 1) * s - 2 * p + d * (k - 1) + 1) for i, o, k, p, s, d in axes]
+        transposed = TRANSPOSED[len(rest)]
+        channels = weight.shape[0]
+        x = transposed(grad, weight, None, ctx.stride, ctx.padding, rest, channels, ctx.dilation)
+        return x, None, None, None, None
+
+
 # -- what can be shared --------------------------------------------------------------------------
 def applies(block: Sum, x: Tensor) -> bool:
     """Whether the shared form computes what the branches one by one would.
@@ -593,9 +633,9 @@ def spatially(
 
 def spatial(piece: Piece, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
     """A spatial piece on a map."""
-    if isinstance(piece, AveragePool) and x.is_cpu and not torch.compiler.is_compiling():
-        # The processor's depthwise convolution is several times faster than its pooling.
-        return kernels.convolve(x, piece.kernel(x.dtype), padding, stride)
+    if isinstance(piece, AveragePool) and min(padding) >= 0:
+        weight = piece.kernel(x.dtype).weight
+        return Pooled.apply(x, weight, tuple(padding), tuple(stride), piece.dilation)
     if isinstance(piece, Sum) and getattr(piece, "post_norm", None) is None and norm_free(piece):
         return squeezing.run(piece, x, padding, stride)
     return piece.run(x, padding, stride)
