@@ -208,11 +208,11 @@ def vector_errors(path: Path, source: str) -> dict[str, float]:
     table, own = official.block_table(block, source), dict(block.named_parameters())
     theirs = under("grad/")
     of_input = theirs.pop("input")
-    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    scale = max(gradient.abs().max().item() for gradient in theirs.values())
     gradients = [error(x.grad, of_input)]
     for key, gradient in theirs.items():
         ours = table[key].write(*(own[name].grad for name in table[key].ours))
-        gradients.append(error(ours, gradient, largest))
+        gradients.append(error(ours, gradient, scale))
     state = official.export_block(block, source)
     statistics = [error(state[k], v) for k, v in under("state_after/").items()]
     found = {"outputs": error(y.detach(), values["y_train"]), "gradients": largest(gradients)}

@@ -96,12 +96,12 @@ def a1_leading(block: str, setting: Setting) -> dict:
         Way(block, BRANCHES),
         Way(block, SHARED, "contiguous"),
         Way(block),
-        Way(block, mode="default"),
     ]
-    if block == "repvgg" or setting.on_gpu:  # compiling takes most of the time of a case
-        ways.append(Way(block, BRANCHES, mode="default"))
+    if block == "repvgg" or setting.on_gpu:  # on a processor compiling takes a minute or two
+        ways.append(Way(block, mode="default"))
     if setting.on_gpu:
         ways += [
+            Way(block, BRANCHES, mode="default"),
             Way(block, mode="cudagraphs"),
             Way(block, BRANCHES, precision="bfloat16"),
             Way(block, precision="bfloat16"),
@@ -112,6 +112,14 @@ def a1_leading(block: str, setting: Setting) -> dict:
     subjects = {block: small(setting.tier, block)}
     pairs = [(Way(block, BRANCHES), Way(block))]
     return comparisons.steps(setting, subjects, ways, pairs=pairs)[0]
+
+
+def compiled(block: str, setting: Setting) -> dict:
+    """What torch.compile does, with the shared form and alone."""
+    ways = [Way(block, BRANCHES, "contiguous"), Way(block, mode="default")]
+    if block == "repvgg":
+        ways = [ways[0], Way(block, BRANCHES, mode="default")]
+    return comparisons.steps(setting, {block: small(setting.tier, block)}, ways)[0]
 
 
 def shared_against_branches(setting: Setting, subjects: dict[str, Subject]) -> dict:
@@ -312,7 +320,7 @@ CASES: dict[str, Case] = {
             "epoch/a1",
             f"An epoch of {A1}: our loop against DataLoader and eager float32",
             epoch_small,
-            seconds(4, 45, 90),
+            seconds(4, 35, 90),
         ),
         Case(
             "epoch/resnet18-dbb",
@@ -325,7 +333,7 @@ CASES: dict[str, Case] = {
                 f"a1/{name}",
                 f"A training step of {A1} with {name} blocks, in every form",
                 partial(a1_leading, name),
-                seconds(2, {"repvgg": 150, "dbb": 110, "orepa": 130}[name], 60),
+                seconds(2, {"repvgg": 100, "dbb": 50, "orepa": 45}[name], 60),
             )
             for name in LEADING
         ),
@@ -333,13 +341,13 @@ CASES: dict[str, Case] = {
             "packed",
             f"Several cells of {A1} at once",
             packed,
-            seconds(8, 25, 45),
+            seconds(8, 40, 45),
         ),
         Case(
             "resnet18/orepa-full",
             "OREPA and DBB on ResNet-18 at 224x224, batch 64",
             resnet_orepa,
-            seconds(12, 130, 40),
+            seconds(30, 120, 40),
         ),
         Case(
             "share/resnet18",
@@ -376,14 +384,14 @@ CASES: dict[str, Case] = {
             "crossover",
             "OREPA and DBB on ResNet-18 over the batch, before and after",
             crossover,
-            seconds(20, 70, 25),
+            seconds(60, 40, 25),
         ),
         *(
             Case(
                 f"a1/{name}",
                 f"A training step of {A1} with {name} blocks",
                 partial(a1_other, name),
-                seconds(2, 7, 5),
+                seconds(2, 5, 5),
             )
             for name in SMALL
         ),
@@ -413,9 +421,18 @@ CASES: dict[str, Case] = {
                 f"resnet18/{name}",
                 f"A training step of ResNet-18 with {name} blocks",
                 partial(resnet_block, name),
-                seconds(6, 8, 6),
+                seconds(8, 6, 6),
             )
             for name in BLOCKS
+        ),
+        *(
+            Case(
+                f"compiled/{name}",
+                f"A training step of {A1} with {name} blocks, compiled",
+                partial(compiled, name),
+                seconds(None, {"dbb": 110, "orepa": 110, "repvgg": 80}[name], None),
+            )
+            for name in ("dbb", "orepa", "repvgg")
         ),
     ]
 }

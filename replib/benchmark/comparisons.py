@@ -110,7 +110,7 @@ TIERS = {
         "quick", 3, "digits", 3, 8, 8, 8, 64, 4, 64, 4, (1, 2), 32, 3, (1, 2), 0.002, 64
     ),
     "cpu": Tier(
-        "cpu", 5, "cifar_repvgg_a1", 3, 32, 128, 64, 112, 4, 224, 64, (1, 2, 4, 8, 16), 1280, 3,
+        "cpu", 4, "cifar_repvgg_a1", 3, 32, 128, 32, 112, 4, 224, 64, (1, 2, 4, 8), 640, 3,
         (1, 2, 4, 8), 0.25, 2048,
     ),
     "cuda": Tier(
@@ -874,6 +874,7 @@ def packed(setting: Setting, subject: Subject, way: Way, steps_each: int) -> dic
     finally:
         for process in workers:
             process.kill()
+            process.join()
     worst = max(abs(loss - losses[0]) / abs(losses[0]) for loss in losses.values())
     eps = torch.finfo(PRECISIONS[way.precision]).eps
     same = {"way": "all processes"} | agreement({"outputs": worst}, {"outputs": 0.0}, eps)

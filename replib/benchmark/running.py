@@ -8,6 +8,7 @@ what went wrong in one line; "left out", where something is not on this machine;
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -170,7 +171,12 @@ def context(device: str) -> dict:
 
 # -- one case -------------------------------------------------------------------------------------
 def one(
-    case: Case, where: dict, profile: bool, vectors: Path | None, left: float, verbose: bool
+    case: Case,
+    where: dict,
+    profile: bool = False,
+    vectors: Path | None = None,
+    left: float = math.inf,
+    verbose: bool = False,
 ) -> dict:
     """Run a case in a process of its own; whatever happens there is an entry."""
     tier = where["tier"]
@@ -226,22 +232,28 @@ def child(
     multiprocessing.set_start_method("fork", force=True)  # DataLoader's own, as in any script
     torch.set_num_threads(where["threads"])
     torch.manual_seed(0)
-    device = where["device"]
-    setting = Setting(TIERS[where["tier"]], device, time.monotonic() + seconds, names, vectors)
+    tier, device = TIERS[where["tier"]], where["device"]
+    setting = Setting(tier, device, time.monotonic() + seconds, names, vectors)
+    entry = entry_of(CASES[name], setting, verbose)
+    gc.collect()  # a DataLoader waits for its workers, whose seconds then count as ours
+    pipe.send((entry, own_seconds()))
+    pipe.close()
+
+
+def entry_of(case: Case, setting: Setting, verbose: bool = False) -> dict:
+    """What became of a case: its result, or why there is none."""
     try:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        entry = {"status": DONE, "reason": "", "result": checked(CASES[name].run(setting))}
+        if setting.on_gpu:
+            torch.cuda.set_device(setting.device)
+        return {"status": DONE, "reason": "", "result": checked(case.run(setting))}
     except LeftOut as reason:
-        entry = {"status": LEFT_OUT, "reason": in_one_line(str(reason))}
+        return {"status": LEFT_OUT, "reason": in_one_line(str(reason))}
     except Unequal as error:
-        entry = {"status": FAILED, "reason": in_one_line(f"not equal: {error}")}
+        return {"status": FAILED, "reason": in_one_line(f"not equal: {error}")}
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        entry = {"status": FAILED, "reason": in_one_line(f"{type(error).__name__}: {error}")}
-    pipe.send((entry, own_seconds()))
-    pipe.close()
+        return {"status": FAILED, "reason": in_one_line(f"{type(error).__name__}: {error}")}
 
 
 def in_one_line(text: str) -> str:
