@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from replib.errors import UserError
 from replib.training.loader import Folder, batches, cores, readable
@@ -289,6 +288,7 @@ def natural_size(file: str) -> int:
 
 def decoded(files: list[str], size: int, resize: int | None = None) -> np.ndarray:
     """Images as uint8 (N, 3, size, size), from the cache where they were decoded before."""
+    from tqdm import tqdm  # not on every machine that measures
 
     def make() -> np.ndarray:
         folder = Folder(files, size, resize)
@@ -311,6 +311,7 @@ def surveyed(classes: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
     Every file is read once, and again when its length or time of change is another. A class at a
     time is kept in the cache, so that a survey that is stopped goes on there.
     """
+    from tqdm import tqdm
 
     def survey(files: list[str]) -> np.ndarray:
         return kept(["survey", *stamp(files)], lambda: np.array([*map(inspected, files)], np.int32))
