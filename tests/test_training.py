@@ -13,6 +13,7 @@ from replib.fusing import deployed_copy
 from replib.methods.cycle import Cycle, decay_groups
 from replib.models import build
 from replib.networks import outermost_blocks
+from replib.training import loop
 from replib.training.augmentation import Augmentation
 from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy, deployed_report
@@ -117,6 +118,23 @@ def test_resuming_between_any_two_steps_changes_nothing():
     assert done.history == whole.history
     weights = done.best["weights"]
     assert all(torch.equal(v, weights[k]) for k, v in whole.best["weights"].items())
+
+
+def test_an_evaluation_is_given_up_once_but_not_again(monkeypatch):
+    """Time runs out inside it: it stops, and is done whole at the start of the next attempt."""
+    late, measure = [], loop.accuracy
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 2.0 if late else 0.0)
+    monkeypatch.setattr(loop, "accuracy", lambda *a: (late.append(1), measure(*a))[1])
+    kept = []
+    with pytest.raises(OutOfTime):
+        fit(task(), checkpoint=kept.append, deadline=1.0)
+    first = copy.deepcopy(kept[0]["progress"])
+    with pytest.raises(OutOfTime):
+        fit(task(), resume=copy.deepcopy(kept[0]), checkpoint=kept.append, deadline=1.0)
+    second = kept[1]["progress"]
+    assert (first["epoch"], first["batch"], len(first["history"])) == (0, 2, 0)
+    assert (second["epoch"], second["batch"], len(second["history"])) == (1, 0, 1)
+    assert second["history"] == fit(task()).history[:1]
 
 
 class Synchronised(TorchDispatchMode):
