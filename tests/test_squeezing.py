@@ -239,11 +239,19 @@ def test_frozen_weights_take_no_gradient(monkeypatch):
     _, piece, x = made("orepa", "plain", monkeypatch)
     monkeypatch.setattr(squeezing, "left_on_map", ORDERS["kernel"])
     plain = outcome(Sum.run, piece, x, padding=(1, 1), stride=(1, 1))
+
+    def multiply_adds():
+        y = squeezing.run(piece, x, (1, 1), (1, 1))
+        with FlopCounterMode(display=False) as counter:
+            (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        return counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+
+    every = multiply_adds()
+    piece.zero_grad()
     piece.branches.requires_grad_(False)
     assert not squeezing.run(piece, x, (1, 1), (1, 1)).requires_grad
     free = piece.branches["separable"][0].weight.requires_grad_()
-    y = squeezing.run(piece, x, (1, 1), (1, 1))
-    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    assert multiply_adds() < every / 3
     close(free.grad, plain["branches.separable.0.weight"])
     assert [p for p in piece.parameters() if p.grad is not None] == [free]
 
@@ -266,6 +274,23 @@ def test_second_derivatives(order, monkeypatch):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             close(ours, theirs, 1e-12)
+
+
+def test_second_derivatives_stop_at_the_weights():
+    """Where one weight is computed from another, each gradient counts its own part only."""
+
+    def second(product):
+        first = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3).requires_grad_()
+        y = product(first, first.sin().sum(1, keepdim=True))
+        (grad,) = torch.autograd.grad(y.square().sum(), first, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), first)[0]
+
+    def made(weight, factor):
+        return squeezing.Made.apply(
+            lambda *tensors: squeezing.Total([], [squeezing.Scaled(*tensors)]), weight, factor
+        )
+
+    close(second(made), second(torch.mul))
 
 
 @pytest.mark.parametrize("order", ["kernel", "main on map"])
@@ -303,15 +328,18 @@ def test_the_kernel_is_made_in_full_precision_under_autocast(monkeypatch):
     block, x = block.float(), torch.randn(1, 6, 3, 3)  # so small that the map would be chosen
     names = squeezing.left_on_map(squeezing.chains_of(piece), 9, 9)
     assert names == tuple(piece.branches)
-    kernel = piece.branches_kernel(torch.float64)
+    copied = copy.deepcopy(piece).double()
+    exact = copied.branches_kernel().weight
+    weights = torch.linspace(-1, 2, exact.numel()).view(exact.shape)
+    (exact * weights).sum().backward()
     monkeypatch.setattr(squeezing.kernels, "convolve", lambda x, kernel, *rest: kernel.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        weight = squeezing.run(piece, x, (1, 1), (1, 1))
-        weight.sum().backward()
-    close(weight.double(), kernel.weight, 1e-6)
-    grad = piece.main_branch[0].weight.grad
-    scale = piece.main_branch[1].weight.view(-1, 1, 1, 1)
-    assert torch.equal(grad, scale.expand_as(grad))
+        kernel = squeezing.run(piece, x, (1, 1), (1, 1))
+        (kernel * weights).sum().backward()
+    close(kernel.double(), exact, 1e-6)
+    for ours, theirs in zip(piece.parameters(), copied.parameters(), strict=True):
+        if ours.grad is not None:
+            close(ours.grad.double(), theirs.grad, 1e-6)
 
 
 def test_copies_pickles_and_meta_tensors(monkeypatch):
