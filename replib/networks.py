@@ -69,6 +69,18 @@ def branch_by_branch(model: nn.Module) -> nn.Module:
     return model
 
 
+def fold_norms_in_training(model: nn.Module, folded: bool = True) -> nn.Module:
+    """Make every block fold its norms into the kernels around them in train mode, in place.
+
+    The same numbers up to rounding, and a third less memory saved for the backward pass. The price
+    is many operations on vectors: slower unless maps are large; torch.compile then takes longer.
+    """
+    for module in model.modules():
+        if isinstance(module, RepBlock):
+            module.folded = folded
+    return model
+
+
 def unique_modules(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of the modules of some kinds, without those inside a block."""
     blocks = outermost(model, lambda module: isinstance(module, RepBlock | RepMLP)).values()

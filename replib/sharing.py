@@ -1,8 +1,14 @@
 """The train-mode forward of a sum of branches, without work done twice.
 
-Once its batch statistics are known, a norm is an affine map, and the algebra of merging applies to
-the forward pass of training too. A branch is therefore not a sequence of feature maps but a `Term`:
-a map that already exists, and a kernel of size 1 that is still to be applied to it.
+    padding      with a constant is subtraction of the constant before, addition after: no copy
+    pooling      keeps no map, and is the processor's fast depthwise convolution
+    rates        are a factor on the slope and shift of a branch's last norm: no pass over a map
+    norm-free    subtrees are evaluated in the cheapest order (`replib.squeezing`)
+
+A branch is not a sequence of feature maps but a `Term`: a map that already exists, and a kernel of
+size 1 that is still to be applied to it. With `block.folded`, norms are part of that kernel: once
+its batch statistics are known, a norm is an affine map, and the algebra of merging applies to the
+forward pass of training too.
 
     norms        become a factor and a shift in that kernel: no pass over a map writes their output
     pointwise    branches (1x1 convolutions, identities, norms) of one input stay kernels until the
@@ -10,8 +16,6 @@ a map that already exists, and a kernel of size 1 that is still to be applied to
     statistics   behind a pointwise kernel follow from the mean and covariance of its input:
                  mean(K x) = K mean(x), var(K x) = diag(K cov(x) K^T); one reduction serves them all
     convolutions of the same size on the same input are one convolution of stacked weights
-    padding      with a constant is subtraction of the constant before, addition after: no copy
-    norm-free    subtrees are evaluated in the cheapest order (`replib.squeezing`)
 
 All of it is derived from the tree; a new block gains it. The branch-by-branch form stays in
 `replib.branches` as the reference: outputs, gradients and running statistics agree up to rounding.
@@ -47,10 +51,9 @@ from replib.branches import (
 )
 from replib.kernels import Kernel
 
-# A covariance costs 4 P C^2 operations (P pixels, C channels; forward and backward) and spares
-# about 8 passes over the map of each norm that it serves. It pays up to about this many channels,
-# and only where the pixels outnumber them: otherwise the products of small matrices dominate.
-COVARIANCE_CHANNELS = 64
+# A covariance costs 4 P C^2 operations (P pixels, C channels; forward and backward), a few percent
+# of a 3x3 convolution, and spares a map and its passes for each norm that it serves. Its kernel
+# algebra costs C^3, so the pixels must outnumber the channels.
 COVARIANCE_PIXELS = 8  # pixels per channel
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -168,14 +171,6 @@ class Term:
         return Term(self.map, Kernel(kernel.weight, kernel.bias + shift, kernel.groups))
 
 
-def compiling() -> bool:
-    """Whether operations on vectors are free, as torch.compile makes them.
-
-    One by one, each costs a launch: then a norm is PyTorch's own fused operation.
-    """
-    return torch.compiler.is_compiling()
-
-
 class Pass:
     """What the branches share in one forward pass, and how it computes."""
 
@@ -183,7 +178,7 @@ class Pass:
         dtype = next(block.parameters()).dtype
         self.dtype = dtype if dtype.itemsize >= 4 else torch.float32  # of kernels and statistics
         self.device = x.device.type
-        self.eager = not compiling()
+        self.folded = block.folded
         self.lower = not x.is_meta and torch.is_autocast_enabled(self.device)
         self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.lower else None
         self.seen: list[tuple[Tensor, Sizes, Sizes, Map]] = []
@@ -296,11 +291,7 @@ def weighted(stack: Stack, terms: list[Term]) -> Tensor:
 def covariance_pays(term: Term) -> bool:
     """Whether statistics by a covariance cost less than making the map and passing over it."""
     channels = term.map.channels
-    return (
-        term.kernel.groups == 1
-        and channels <= COVARIANCE_CHANNELS
-        and term.map.count >= COVARIANCE_PIXELS * channels
-    )
+    return term.kernel.groups == 1 and term.map.count >= COVARIANCE_PIXELS * channels
 
 
 def per_channel_view(values: Tensor, x: Tensor) -> Tensor:
@@ -451,7 +442,7 @@ def run(block: Sum, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
 
 def terms_of(block: Sum, x: Tensor, padding: Sizes, stride: Sizes, shared: Pass) -> list[Term]:
     """The branches of a sum as terms, with its rate on those beside the main one."""
-    stacked = {} if shared.eager else stacked_convolutions(block, x, padding, stride, shared)
+    stacked = stacked_convolutions(block, x, padding, stride, shared) if shared.folded else {}
     found: list[Term] = []
     rate = getattr(block, "rate", None)
     for name, branch in block.branches.items():
@@ -543,7 +534,7 @@ def normalised(term: Term, norm: Norm, shared: Pass, factor: Tensor | None) -> T
     if not (layer.training or layer.running_mean is None):
         term = term.then(norm)
         return term if factor is None else term.scaled(factor)
-    if shared.eager:
+    if not shared.folded:
         constant = term.constant  # the norm takes it away again, but for its running mean
         x = shared.evaluated(Term(term.map, term.kernel))
         return Term(shared.map(batch_norm(layer, x, factor, constant)))

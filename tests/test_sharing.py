@@ -8,7 +8,8 @@ from test_blocks import CASES, DEFAULTS, GEOMETRIES, TRIED, scrambled
 from torch import nn
 
 from replib import sharing
-from replib.networks import branch_by_branch
+from replib.blocks.block import RepBlock
+from replib.networks import branch_by_branch, fold_norms_in_training
 
 torch.set_num_threads(1)
 EXACT = 1e-11  # of the largest number, in float64: variances are sums of squares
@@ -45,17 +46,17 @@ def compare(ours, reference, tolerance):
         assert error <= tolerance * max(scale, value.abs().max().item()), (name, error)
 
 
-FORMS = {  # whether it compiles, whether it takes a covariance wherever one is possible
-    "one by one": (False, False),
-    "compiling": (True, False),
-    "compiling, covariance": (True, True),
+FORMS = {  # whether norms are folded, and a covariance is taken wherever one is possible
+    "shared": (False, False),
+    "folded": (True, False),
+    "folded, covariance": (True, True),
 }
 FAST = ("plain", "strided", "grouped", "valid", "1-D")  # the other geometries in the slow tier
 
 
 def as_form(monkeypatch, form):
-    compiling, covariance = FORMS[form]
-    monkeypatch.setattr(sharing, "compiling", lambda: compiling)
+    folded, covariance = FORMS[form]
+    monkeypatch.setattr(RepBlock, "folded", folded)
     pays = lambda term: covariance and term.kernel.groups == 1  # noqa: E731
     monkeypatch.setattr(sharing, "covariance_pays", pays)
 
@@ -150,6 +151,12 @@ def test_what_is_watched_or_replaced_is_left_alone(watch):
     compare(observed(block, x, 0.7), observed(twin, x, 0.7), 0)
 
 
+def test_norms_are_folded_where_that_is_asked():
+    block, _, x = pair("repvgg")
+    net = fold_norms_in_training(nn.Sequential(block))
+    assert block.folded and saved(block, x) < saved(fold_norms_in_training(net, False)[0], x)
+
+
 def test_evaluation_does_not_depend_on_it():
     block, twin, x = pair("dbb")
     assert torch.equal(block.eval()(x), twin.eval()(x))
@@ -185,7 +192,7 @@ def saved(block, x):
 def test_what_is_saved_for_the_backward_pass(family, maps, monkeypatch):
     """RepVGG keeps the output of its k x k convolution; DBB that, the two maps that its k x k
     pieces read, less one that its pooling does not need, and the two that follow them."""
-    as_form(monkeypatch, "compiling, covariance")
+    as_form(monkeypatch, "folded, covariance")
     block, twin, _ = pair(family)
     x = torch.randn(8, 6, 32, 32, dtype=torch.float64)
     one = x.numel() * x.element_size()
@@ -194,9 +201,10 @@ def test_what_is_saved_for_the_backward_pass(family, maps, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["shared", "folded, covariance"])
 @pytest.mark.parametrize("family", ["repvgg", "dbb", "mobileone", "acb", "orepa"])
-def test_compiled_in_one_graph(family, monkeypatch):
-    monkeypatch.setattr(sharing, "COVARIANCE_PIXELS", 1)
+def test_compiled_in_one_graph(family, form, monkeypatch):
+    as_form(monkeypatch, form)
     block, twin, x = pair(family)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True)

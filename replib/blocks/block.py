@@ -128,6 +128,7 @@ class RepBlock(Sum):
     cannot: ClassVar[dict[str, str]] = {}  # of FEATURES: the reason, and the way out
     default_kernel_size: ClassVar[int] = 3
     shared: bool = True  # train mode: branches share work; False: branch by branch, the reference
+    folded: bool = False  # and norms are folded into the kernels around them: less is saved
 
     def __init__(
         self,
