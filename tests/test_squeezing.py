@@ -165,6 +165,8 @@ def test_the_order_is_chosen_by_the_number_of_pixels():
     # What comes before a stride sees more pixels: less is gained on the map.
     assert squeezing.left_on_map(chains, 4 * 400, 400) == ()
     assert squeezing.left_on_map(chains, 400, 400) == ("1x1_kxk",)
+    # A sum inside a chain is a kernel of its own already.
+    assert squeezing.left_on_map(squeezing.chains_of(BLOCKS["orepa_stem"](8, 8)), 1, 1) == ()
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4)])
