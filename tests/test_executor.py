@@ -184,7 +184,7 @@ def test_a_cell_that_does_not_stop_is_stopped(project, monkeypatch):
 
 def sleep(*arguments) -> str:
     """In place of a cell, in a worker."""
-    time.sleep(1000)
+    time.sleep(30)
     return "finished"
 
 
