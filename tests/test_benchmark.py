@@ -122,6 +122,13 @@ def gated(model):
     return model
 
 
+def slightly_gated(model):
+    """Too little for float32 to see."""
+    for block in outermost_blocks(model).values():
+        block.set_rate(1 - 1e-5)
+    return model
+
+
 def frozen_statistics(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -142,6 +149,7 @@ def not_a_number(model):
 
 FAULTS = {
     gated: "outputs",
+    slightly_gated: "in float64",
     frozen_statistics: "statistics",
     lost_gradient: "gradients",
     not_a_number: "no number",
@@ -196,10 +204,9 @@ def test_steps_leave_the_weights_alone():
 
 
 def test_the_two_loops_train_alike(monkeypatch):
-    make = partial(subjects.body, "digits", "repvgg")
-    assert comparisons.same_training(make, 8)["equal"]
+    assert comparisons.same_training(8)["equal"]
     monkeypatch.setattr(comparisons, "derive", lambda *names: 1)  # another order of images
-    assert not comparisons.same_training(make, 8)["equal"]
+    assert not comparisons.same_training(8)["equal"]
 
 
 # -- cases ----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Case:
 
 
 # -- the networks ---------------------------------------------------------------------------------
-def small(tier: Tier, block: str, batch: int | None = None, few: int | None = None) -> Subject:
+def small(tier: Tier, block: str, batch: int | None = None, few: int = 16) -> Subject:
     """The plain body of blocks on small images: RepVGG-A1 as RepAn has it for CIFAR."""
     make = partial(body, tier.body, block)
     return Subject(make, tier.image, batch or tier.batch, few=few)
@@ -129,7 +129,7 @@ def shared_against_branches(setting: Setting, subjects: dict[str, Subject]) -> d
 
 
 def a1_other(block: str, setting: Setting) -> dict:
-    subject = small(setting.tier, block, setting.tier.many_batch, few=16)
+    subject = small(setting.tier, block, setting.tier.many_batch)
     return shared_against_branches(setting, {block: subject})
 
 
