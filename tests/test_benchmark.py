@@ -15,10 +15,10 @@ from conftest import ROOT
 from torch import nn
 
 from replib.__main__ import main
-from replib.benchmark import agreement, comparisons, running, subjects, timing
+from replib.benchmark import agreement, loops, running, steps, subjects, timing
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES, Case
-from replib.benchmark.comparisons import TIERS, Setting, Subject
+from replib.benchmark.setting import TIERS, Setting, Subject, images
 from replib.benchmark.subjects import BRANCHES, FORMS, LeftOut, Way, stack
 from replib.benchmark.targets import MET, MISSED, TARGETS, judged
 from replib.networks import outermost_blocks
@@ -160,7 +160,7 @@ FAULTS = {
 def test_a_ratio_of_unequal_things_is_refused(monkeypatch, fault):
     monkeypatch.setitem(FORMS, "shared", fault)
     ways = [Way("net", BRANCHES), Way("net"), Way("net", BRANCHES, "contiguous")]
-    result, times = comparisons.steps(QUICK, {"net": TINY}, ways)
+    result, times = steps.steps(QUICK, {"net": TINY}, ways)
     wrong, right = ways[1].name, ways[2].name
     assert [row["equal"] for row in result["agreement"]] == [True, False, True]
     refused = [line for line in result["ratios"] if line["over"] == wrong]
@@ -173,7 +173,7 @@ def test_a_ratio_of_unequal_things_is_refused(monkeypatch, fault):
 def test_where_nothing_agrees_there_is_no_result(monkeypatch):
     monkeypatch.setitem(FORMS, "shared", gated)
     with pytest.raises(Unequal, match="outputs differ by"):
-        comparisons.steps(QUICK, {"net": TINY}, [Way("net")])
+        steps.steps(QUICK, {"net": TINY}, [Way("net")])
 
 
 def test_no_own_error_allows_everything():
@@ -187,7 +187,7 @@ def test_no_own_error_allows_everything():
 def test_a_way_that_is_not_here_is_left_out(monkeypatch):
     monkeypatch.setattr(subjects.importlib.util, "find_spec", lambda name: None)
     ways = [Way("net", BRANCHES), Way("net", "timm repvgg_a0"), Way("net", mode="cudagraphs")]
-    result, _ = comparisons.steps(QUICK, {"net": TINY}, ways)
+    result, _ = steps.steps(QUICK, {"net": TINY}, ways)
     reasons = result["left_out"].values()
     assert any("timm is not installed" in reason for reason in reasons) and len(reasons) == 2
 
@@ -195,8 +195,8 @@ def test_a_way_that_is_not_here_is_left_out(monkeypatch):
 def test_steps_leave_the_weights_alone():
     """Otherwise the ways drift apart, and slow down in denormal numbers."""
     reference = TINY.make()
-    x, labels = comparisons.images(QUICK, 4, 4, 6)
-    run = comparisons.running(Way("net"), reference, x, labels, "cpu")
+    x, labels = images(QUICK, 4, 4, 6)
+    run = steps.running(Way("net"), reference, x, labels, "cpu")
     for _ in range(3):
         run()
     for ours, theirs in zip(run.model.parameters(), reference.parameters(), strict=True):
@@ -204,9 +204,9 @@ def test_steps_leave_the_weights_alone():
 
 
 def test_the_two_loops_train_alike(monkeypatch):
-    assert comparisons.same_training(8)["equal"]
-    monkeypatch.setattr(comparisons, "derive", lambda *names: 1)  # another order of images
-    assert not comparisons.same_training(8)["equal"]
+    assert loops.same_training(8)["equal"]
+    monkeypatch.setattr(loops, "derive", lambda *names: 1)  # another order of images
+    assert not loops.same_training(8)["equal"]
 
 
 # -- cases ----------------------------------------------------------------------------------------
@@ -230,9 +230,9 @@ def test_every_case_runs(name):
 
 def test_the_reference_is_held_against_official_numbers(tmp_path):
     with pytest.raises(LeftOut):
-        comparisons.vectors(QUICK)
+        steps.vectors(QUICK)
     with pytest.raises(Unequal):  # a folder without a number proves nothing
-        comparisons.vectors(replace(QUICK, vectors=tmp_path))
+        steps.vectors(replace(QUICK, vectors=tmp_path))
 
 
 def failing(error):

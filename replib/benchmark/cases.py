@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from replib.benchmark import comparisons
-from replib.benchmark.comparisons import Setting, Subject, Tier
+from replib.benchmark import forms, limits, loops, packing, steps
+from replib.benchmark.setting import Setting, Subject, Tier
 from replib.benchmark.subjects import (
     BRANCHES,
     SHARED,
@@ -111,7 +111,7 @@ def a1_leading(block: str, setting: Setting) -> dict:
         ways = [way for way in ways if way.mode == "none"]
     subjects = {block: small(setting.tier, block)}
     pairs = [(Way(block, BRANCHES), Way(block))]
-    return comparisons.steps(setting, subjects, ways, pairs=pairs)[0]
+    return steps.steps(setting, subjects, ways, pairs=pairs)[0]
 
 
 def compiled(block: str, setting: Setting) -> dict:
@@ -119,13 +119,13 @@ def compiled(block: str, setting: Setting) -> dict:
     ways = [Way(block, BRANCHES, "contiguous"), Way(block, mode="default")]
     if block == "repvgg":
         ways = [ways[0], Way(block, BRANCHES, mode="default")]
-    return comparisons.steps(setting, {block: small(setting.tier, block)}, ways)[0]
+    return steps.steps(setting, {block: small(setting.tier, block)}, ways)[0]
 
 
 def shared_against_branches(setting: Setting, subjects: dict[str, Subject]) -> dict:
     """Shared against branch by branch, both channels last."""
     ways = [way for name in subjects for way in (Way(name, BRANCHES), Way(name))]
-    return comparisons.steps(setting, subjects, ways)[0]
+    return steps.steps(setting, subjects, ways)[0]
 
 
 def a1_other(block: str, setting: Setting) -> dict:
@@ -138,7 +138,7 @@ def resnet_block(block: str, setting: Setting) -> dict:
     tier = setting.tier
     ways = [Way(block, BRANCHES), Way(block), Way("plain", "plain")]
     subjects = {block: large(tier, block), "plain": large(tier, None)}
-    return comparisons.steps(setting, subjects, ways, pairs=[(ways[1], ways[2])])[0]
+    return steps.steps(setting, subjects, ways, pairs=[(ways[1], ways[2])])[0]
 
 
 def resnet_orepa(setting: Setting) -> dict:
@@ -151,7 +151,7 @@ def resnet_orepa(setting: Setting) -> dict:
         ways, more = ways + more, []
     pairs = [(Way("dbb", BRANCHES), Way("orepa")), (Way("dbb"), Way("orepa"))]
     pairs.append((Way("orepa"), offline))
-    return comparisons.steps(setting, subjects, ways, pairs=pairs, untimed=[offline, *more])[0]
+    return steps.steps(setting, subjects, ways, pairs=pairs, untimed=[offline, *more])[0]
 
 
 def crossover(setting: Setting) -> dict:
@@ -164,8 +164,8 @@ def crossover(setting: Setting) -> dict:
 
     families = {"dbb": of("dbb"), "orepa": of("orepa"), "plain": of(None)}
     pairs = [("dbb", SHARED, "orepa", SHARED), ("dbb", BRANCHES, "orepa", SHARED)]
-    forms = (BRANCHES, SHARED)
-    return comparisons.growth(setting, "batch", families, tier.crossover, forms, pairs)
+    both = (BRANCHES, SHARED)
+    return steps.growth(setting, "batch", families, tier.crossover, both, pairs)
 
 
 def scaled(tier: Tier, *values: int) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ def growth_width(setting: Setting) -> dict:
         return lambda x: Subject(partial(stack, block, x, 2), side, batch, channels=x)
 
     families = {"repvgg": of("repvgg"), "dbb": of("dbb"), "plain": of("convbn")}
-    return comparisons.growth(setting, "width", families, xs, (BRANCHES, SHARED))
+    return steps.growth(setting, "width", families, xs, (BRANCHES, SHARED))
 
 
 def growth_depth(setting: Setting) -> dict:
@@ -192,7 +192,7 @@ def growth_depth(setting: Setting) -> dict:
         return lambda x: Subject(partial(stack, block, 32, x), side, batch, channels=32)
 
     families = {"repvgg": of("repvgg"), "dbb": of("dbb"), "plain": of("convbn")}
-    return comparisons.growth(setting, "depth", families, xs, (BRANCHES, SHARED))
+    return steps.growth(setting, "depth", families, xs, (BRANCHES, SHARED))
 
 
 def growth_branches(setting: Setting) -> dict:
@@ -203,7 +203,7 @@ def growth_branches(setting: Setting) -> dict:
         return lambda x: Subject(partial(stack, block, 32, 2, n=x), side, batch, channels=32)
 
     families = {"duplicate": of("duplicate"), "mobileone": of("mobileone")}
-    return comparisons.growth(setting, "branches", families, xs, (BRANCHES, SHARED))
+    return steps.growth(setting, "branches", families, xs, (BRANCHES, SHARED))
 
 
 def growth_batch(setting: Setting) -> dict:
@@ -215,7 +215,7 @@ def growth_batch(setting: Setting) -> dict:
 
     names = {"repvgg": "repvgg", "dbb": "dbb", "orepa": "orepa", "plain": "convbn"}
     families = {name: of(block) for name, block in names.items()}
-    return comparisons.growth(setting, "batch", families, xs, (BRANCHES, SHARED))
+    return steps.growth(setting, "batch", families, xs, (BRANCHES, SHARED))
 
 
 def peer(name: str, block: str, setting: Setting) -> dict:
@@ -225,9 +225,9 @@ def peer(name: str, block: str, setting: Setting) -> dict:
     subjects = {name: Subject(partial(body, name, block), size, max(4, tier.large_batch), few=4)}
     # Contiguous: oneDNN's backward pass of a strided 1x1 convolution of 3 channels, channels
     # last, writes past its memory (uxlfoundation/oneDNN issue 6035), and timm's stem has one.
-    forms = (f"timm {name}", BRANCHES, SHARED)
-    ways = [Way(name, form, "contiguous") for form in forms]
-    return comparisons.steps(setting, subjects, ways)[0]
+    names = (f"timm {name}", BRANCHES, SHARED)
+    ways = [Way(name, form, "contiguous") for form in names]
+    return steps.steps(setting, subjects, ways)[0]
 
 
 def epoch_small(setting: Setting) -> dict:
@@ -235,28 +235,28 @@ def epoch_small(setting: Setting) -> dict:
     ways = [("float32", "none")]
     if setting.on_gpu:
         ways = [("bfloat16", "cudagraphs"), ("float32", "cudagraphs")]
-    return comparisons.epochs(setting, partial(body, tier.body, "repvgg"), ways)
+    return loops.epochs(setting, partial(body, tier.body, "repvgg"), ways)
 
 
 def epoch_resnet(setting: Setting) -> dict:
     """ResNet-18 with DBB for CIFAR."""
     ways = [("bfloat16", "cudagraphs")]
-    return comparisons.epochs(setting, partial(body, "cifar_resnet18", "dbb"), ways)
+    return loops.epochs(setting, partial(body, "cifar_resnet18", "dbb"), ways)
 
 
 def cycle(setting: Setting) -> dict:
-    return comparisons.cycle(setting, small(setting.tier, "repvgg"))
+    return forms.cycle(setting, small(setting.tier, "repvgg"))
 
 
 def deployed_small(setting: Setting) -> dict:
-    return comparisons.deployed(setting, small(setting.tier, "repvgg"), plain_body)
+    return forms.deployed(setting, small(setting.tier, "repvgg"), plain_body)
 
 
 def deployed_resnet(setting: Setting) -> dict:
     tier = setting.tier
     subject = Subject(partial(torchvision_resnet18, "dbb"), tier.large_image, 8)
     batches = (1, 64) if setting.on_gpu else (1, 16)
-    return comparisons.deployed(setting, subject, plain_resnet18, batches)
+    return forms.deployed(setting, subject, plain_resnet18, batches)
 
 
 def share_small(setting: Setting) -> dict:
@@ -264,7 +264,7 @@ def share_small(setting: Setting) -> dict:
     ways = [Way("repvgg", BRANCHES), Way("repvgg"), Way("convbn")]
     if setting.on_gpu:
         ways += [Way("repvgg", mode="cudagraphs")]
-    return comparisons.share(setting, subjects, ways)
+    return limits.share(setting, subjects, ways)
 
 
 def share_resnet(setting: Setting) -> dict:
@@ -278,7 +278,7 @@ def share_resnet(setting: Setting) -> dict:
             Way("plain", "plain", mode="default", **kinds),
             Way("dbb", mode="default", **kinds),
         ]
-    return comparisons.share(setting, subjects, ways)
+    return limits.share(setting, subjects, ways)
 
 
 def packed(setting: Setting) -> dict:
@@ -288,13 +288,13 @@ def packed(setting: Setting) -> dict:
     mode = "cudagraphs" if setting.on_gpu else "none"
     count = {"quick": 1, "cpu": 2}.get(tier.name, 50)
     subject = small(tier, "repvgg", batch)
-    return comparisons.packed(setting, subject, Way("repvgg", mode=mode), count)
+    return packing.packed(setting, subject, Way("repvgg", mode=mode), count)
 
 
 def accuracy(setting: Setting) -> dict:
     seeds = 2 if setting.tier.name == "quick" else 5
     make = partial(body, setting.tier.body, "repvgg")
-    return comparisons.accuracy_by_precision(setting, make, seeds)
+    return loops.accuracy_by_precision(setting, make, seeds)
 
 
 # -- the list -------------------------------------------------------------------------------------
@@ -312,10 +312,10 @@ CASES: dict[str, Case] = {
         Case(
             "vectors",
             "The branch-by-branch reference against the official implementations",
-            comparisons.vectors,
+            steps.vectors,
             seconds(2, 3, 10),
         ),
-        Case("machine", "What this machine can do at most", comparisons.machine, seconds(1, 8, 5)),
+        Case("machine", "What this machine can do at most", limits.machine, seconds(1, 8, 5)),
         Case(
             "epoch/a1",
             f"An epoch of {A1}: our loop against DataLoader and eager float32",

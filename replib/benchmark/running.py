@@ -31,7 +31,8 @@ import torch
 from replib import machine
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES, Case
-from replib.benchmark.comparisons import TIERS, Setting, follow_parent
+from replib.benchmark.packing import follow_parent
+from replib.benchmark.setting import TIERS, Setting
 from replib.benchmark.subjects import LeftOut
 from replib.benchmark.targets import TARGETS, judged, profiled
 from replib.benchmark.timing import busy_seconds, own_seconds, rounded

@@ -34,6 +34,12 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
+def synchronise(device: str) -> None:
+    """Wait for a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
 def seconds_of(action: Action, device: str, repeats: int = 1) -> float:
     """Seconds of one `action()`, the mean of `repeats`; on a GPU by its own events."""
     if torch.device(device).type == "cuda":
