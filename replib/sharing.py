@@ -29,6 +29,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import torch
@@ -404,7 +405,7 @@ def applies(block: Sum, x: Tensor) -> bool:
     Not where anything watches or replaces a part (hooks, another `forward`), and not where a norm
     is not PyTorch's own or exchanges its statistics with other processes.
     """
-    if (len(block.branches) < 2 and not block.squeezed) or x.dim() != block.dims + 2:
+    if x.dim() != block.dims + 2 or not (block.folded or has_waste(block)):
         return False
     for module in block.modules():
         if module is block:
@@ -416,6 +417,22 @@ def applies(block: Sum, x: Tensor) -> bool:
         if isinstance(module, Norm) and not ordinary(module.norm):
             return False
     return x.numel() > 0
+
+
+def has_waste(block: Sum) -> bool:
+    """Whether there is something to spare, by the structure: otherwise a tree that is walked costs
+    more than it gives."""
+    if norm_free(block):
+        return len(block.branches) > 1 or block.squeezed
+    for branch in block.branches.values():
+        pieces = list(branch) if isinstance(branch, Chain) else [branch]
+        for before, piece in pairwise([None, *pieces]):
+            spatial = max(piece.extent) > 1
+            if isinstance(piece, Sum) or (
+                spatial and (isinstance(before, Norm) or isinstance(piece, AveragePool))
+            ):
+                return True
+    return False
 
 
 def ordinary(layer: nn.Module) -> bool:
