@@ -203,6 +203,16 @@ def test_steps_leave_the_weights_alone():
         assert torch.equal(ours, theirs) and ours.grad is not None
 
 
+@pytest.mark.parametrize("block", ["dbb", "orepa"])
+@pytest.mark.parametrize("form", [BRANCHES, "shared", "unsqueezed"])
+def test_what_is_saved_can_be_counted_without_computing(block, form):
+    reference = stack(block, 4, 1)
+    x, labels = images(QUICK, 4, 4, 6)
+    run = steps.running(Way("net", form), reference, x, labels, "cpu")
+    assert run.saved() == run.saved_for(x, labels) > 0
+    assert run.saved_for(torch.cat([x, x]), torch.cat([labels, labels])) > run.saved()
+
+
 def test_the_two_loops_train_alike(monkeypatch):
     assert loops.same_training(8)["equal"]
     monkeypatch.setattr(loops, "derive", lambda *names: 1)  # another order of images

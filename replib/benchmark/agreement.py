@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from replib import official
 from replib.benchmark.timing import rounded
 from replib.networks import branch_by_branch
+from replib.training.step import Step
 
 EXACT = 1e-8  # in float64: what is wrong is wrong by more, what is rounded by less
 SLACK = 8  # sums in another order: errors of the same size, the largest of some hundred tensors
@@ -54,12 +55,9 @@ VIEWS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def left_by(model: nn.Module, loss: Tensor, **more: Tensor) -> Pass:
-    """The pass whose loss was just taken back through the model."""
-    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+def left_by(model: nn.Module, outputs: Mapping, gradients: Mapping) -> Pass:
+    """What a pass that just went through the model has left."""
     buffers = {k: v for k, v in model.named_buffers() if v.is_floating_point()}
-    outputs = {"loss": loss} | {k: v for k, v in more.items() if k == "logits"}
-    gradients |= {"the input": more["input"]} if "input" in more else {}
 
     def exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.detach().double().clone() for k, v in tensors.items()}
@@ -75,15 +73,25 @@ def network_pass(model: nn.Module, x: Tensor, labels: Tensor) -> Pass:
         logits = model(x)
         loss = F.cross_entropy(logits, labels)
         loss.backward()
-        found = left_by(model, loss, logits=logits, input=x.grad)
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        gradients["the input"] = x.grad
+        found = left_by(model, {"loss": loss, "logits": logits}, gradients)
     model.zero_grad()
     return found
 
 
-def step_pass(model: nn.Module, step: Callable[..., Tensor], x: Tensor, labels: Tensor) -> Pass:
-    """The same of a training step at learning rate 0, in the very form that is timed."""
+def step_pass(model: nn.Module, step: Step, x: Tensor, labels: Tensor) -> Pass:
+    """The same of a training step at learning rate 0, in the very form that is timed.
+
+    From a momentum of 0 a step leaves its gradients in the momentum: also where it is the replay
+    of a recording, whose gradients no parameter holds.
+    """
     with buffers_kept(model):
-        return left_by(model, step(x, labels))
+        step.restart()
+        loss = step(x, labels)
+        state = step.optimizer.state
+        gradients = {k: state[p]["momentum_buffer"] for k, p in model.named_parameters()}
+        return left_by(model, {"loss": loss}, gradients)
 
 
 @contextmanager

@@ -97,16 +97,14 @@ def a1_leading(block: str, setting: Setting) -> dict:
         Way(block, SHARED, "contiguous"),
         Way(block),
     ]
-    if block == "repvgg" or setting.on_gpu:  # on a processor compiling takes a minute or two
-        ways.append(Way(block, mode="default"))
     if setting.on_gpu:
         ways += [
-            Way(block, BRANCHES, mode="default"),
-            Way(block, mode="cudagraphs"),
             Way(block, BRANCHES, precision="bfloat16"),
             Way(block, precision="bfloat16"),
             Way(block, mode="cudagraphs", precision="bfloat16"),
         ]
+    if block == "repvgg":  # compiling takes a minute or two
+        ways.append(Way(block, mode="cudagraphs" if setting.on_gpu else "default"))
     if setting.tier.name == "quick":
         ways = [way for way in ways if way.mode == "none"]
     subjects = {block: small(setting.tier, block)}
@@ -281,18 +279,17 @@ def share_resnet(setting: Setting) -> dict:
     return limits.share(setting, subjects, ways)
 
 
-def packed(setting: Setting) -> dict:
+def packed(mode: str, setting: Setting) -> dict:
     """Cells of the small body at once."""
     tier = setting.tier
     batch = tier.batch if setting.on_gpu else max(8, tier.batch // 4)
-    mode = "cudagraphs" if setting.on_gpu else "none"
     count = {"quick": 1, "cpu": 2}.get(tier.name, 50)
     subject = small(tier, "repvgg", batch)
     return packing.packed(setting, subject, Way("repvgg", mode=mode), count)
 
 
 def accuracy(setting: Setting) -> dict:
-    seeds = 2 if setting.tier.name == "quick" else 5
+    seeds = 2 if setting.tier.name == "quick" else 3
     make = partial(body, setting.tier.body, "repvgg")
     return loops.accuracy_by_precision(setting, make, seeds)
 
@@ -340,8 +337,8 @@ CASES: dict[str, Case] = {
         Case(
             "packed",
             f"Several cells of {A1} at once",
-            packed,
-            seconds(8, 40, 45),
+            partial(packed, "none"),
+            seconds(8, 40, 40),
         ),
         Case(
             "resnet18/orepa-full",
@@ -394,6 +391,12 @@ CASES: dict[str, Case] = {
                 seconds(2, 5, 5),
             )
             for name in SMALL
+        ),
+        Case(
+            "packed/graphs",
+            f"Several cells of {A1} at once, each compiled and a CUDA graph",
+            partial(packed, "cudagraphs"),
+            seconds(None, None, 90),
         ),
         Case("growth/width", "Growth with the width", growth_width, seconds(3, 15, 10)),
         Case("growth/depth", "Growth with the depth", growth_depth, seconds(3, 10, 10)),

@@ -167,7 +167,9 @@ def context(device: str) -> dict:
     from importlib.util import find_spec
 
     libraries = [name for name in ("torch", "torchvision", "timm") if find_spec(name)]
-    return machine.context(device, PACKAGE, libraries)
+    gpu, cpu = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
+    products = (gpu if device.startswith("cuda") else cpu).fp32_precision
+    return machine.context(device, PACKAGE, libraries) | {"float32 convolutions": products}
 
 
 # -- one case -------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def child(
 def entry_of(case: Case, setting: Setting, verbose: bool = False) -> dict:
     """What became of a case: its result, or why there is none."""
     try:
-        if setting.on_gpu:
+        if ":" in setting.device:
             torch.cuda.set_device(setting.device)
         return {"status": DONE, "reason": "", "result": checked(case.run(setting))}
     except LeftOut as reason:

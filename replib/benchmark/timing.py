@@ -130,19 +130,18 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], inputs: Iterabl
     Those of parameters, buffers and inputs are there anyway and are not counted.
     """
     there = (*model.parameters(), *model.buffers(), *inputs)
-    own = {tensor.untyped_storage().data_ptr() for tensor in there}
-    kept: dict[int, int] = {}
+    own = {tensor.untyped_storage()._cdata for tensor in there}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no place is given out twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()  # holds the graph, so that no storage is given out twice
-    del out
-    return sum(kept.values())
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 # -- where the time goes --------------------------------------------------------------------------

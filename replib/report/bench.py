@@ -168,6 +168,7 @@ def provenance(measurement: dict) -> str:
         ["commit", escape(commits)],
         ["software", escape(f"{software}, Python {context['python']}, {context['system']}")],
         ["processor", f"{escape(context['processor'])}, cores: {shown(context['cores'])}"],
+        ["float32 convolutions", escape(context.get("float32 convolutions", NONE))],
         ["threads of a case", shown(measurement["settings"]["threads"])],
         ["last case finished", escape(finished)],
         ["minutes, all cases", f'<data value="{seconds!r}">{seconds / 60:.1f}</data>'],
@@ -211,7 +212,11 @@ def case_table(result: dict) -> str:
         "differs from the float64 reference by": lambda w: agrees(checks.pop(w["way"], None)),
     }
     if ways:
-        lines = [[escape(w["way"]), *(column(w) for column in columns.values())] for w in ways]
+        names = [escape(w["way"]) + f"<br><small>{escape(w.get('note', ''))}</small>" for w in ways]
+        lines = [
+            [name, *(column(w) for column in columns.values())]
+            for name, w in zip(names, ways, strict=True)
+        ]
         keep = [0] + [i for i in range(1, len(lines[0])) if any(li[i] != NONE for li in lines)]
         header = ["", *columns]
         parts.append(
