@@ -199,6 +199,11 @@ class Convolution(Piece):
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         x, padding = kernels.cropped(x, padding)
+        pointwise = max(self.weight.shape[2:]) == 1 and max(padding) == 0 and max(stride) > 1
+        if pointwise and self.in_channels < 8 and x.is_cpu:
+            # The backward pass of such a convolution, channels last, writes past its memory
+            # (uxlfoundation/oneDNN issue 6035), and may end the process.
+            x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * self.dims
         return kernels.CONVOLUTION[self.dims](
             x, self.effective_weight(), self.bias, stride, padding, self.dilation, self.groups
         )

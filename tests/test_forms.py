@@ -10,6 +10,8 @@ import copy
 import io
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -565,6 +567,32 @@ def test_channels_last_is_deployed(form):
     conv = module.to(memory_format=last).deploy()
     assert conv.weight.is_contiguous(memory_format=last)
     assert conv.training and torch.equal(conv.weight, module.merged().weight)
+
+
+STEM = """
+import torch
+from replib.blocks import BLOCKS
+torch.set_num_threads(1)
+for _ in range(20):
+    block = BLOCKS["repvgg"](3, 48, 3, stride=2)
+    exact = BLOCKS["repvgg"](3, 48, 3, stride=2).double()
+    exact.load_state_dict(block.state_dict())
+    block = block.to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32)
+    last = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    wide = x.double().requires_grad_()
+    g = torch.randn(8, 48, 16, 16).contiguous(memory_format=torch.channels_last)
+    ours = torch.autograd.grad(block(last), [last, *block.parameters()], g)
+    theirs = torch.autograd.grad(exact(wide), [wide, *exact.parameters()], g.double())
+    for a, b in zip(ours, theirs):
+        assert (a.double() - b).abs().max() <= 1e-4 * (1 + b.abs().max())
+"""
+
+
+def test_a_stem_of_three_channels_in_channels_last():
+    """Left to oneDNN, its strided 1x1 convolution overwrites memory: in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", STEM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # -- SyncBatchNorm --------------------------------------------------------------------------------
