@@ -176,8 +176,7 @@ def steps(
     """Training steps of several ways: their times, what they save, and that they agree.
 
     Of every network the first way named is the one that the others are compared with.
-    pairs: more ratios (of, over). untimed: ways of which only the memory is asked; they
-    run on the few images of the check, and what they save is counted without computing.
+    pairs: more ratios (of, over). untimed: ways of which only the memory is asked.
     Returns the result, and the seconds of every round by way.
     Raises: Unequal where nothing is left to be timed.
     """
@@ -189,8 +188,9 @@ def steps(
         x, labels = images(setting, subject.batch, subject.channels, subject.size)
         reference = Reference(subject.make().to(setting.device), x, labels, subject.few)
         for way in (way for way in (*ways, *untimed) if way.network == network):
-            timed_here = way not in untimed
-            given = (x, labels) if timed_here else reference.some
+            # Eager and on a processor, the full batch is left to the rounds that are timed.
+            light = way.mode == "none" and not setting.on_gpu
+            given = reference.some if light else reference.whole
             try:
                 made = running(way, reference.model, *given, setting.device)
                 result = reference.check(made)
@@ -201,11 +201,11 @@ def steps(
             if not result["equal"]:
                 unequal[way.name] = difference(result)
                 continue
-            saved[way.name] = made.saved() if timed_here else made.saved_for(x, labels)
+            saved[way.name] = made.saved_for(x, labels) if light else made.saved()
             line = {"way": way.name, "network": network, "saved_mib": in_mib(saved[way.name])}
             out["ways"].append(line | made.notes)
-            if timed_here:
-                runs[way.name] = made
+            if way not in untimed:
+                runs[way.name] = replace(made, x=laid_out(x, way), labels=labels)
     if not runs:
         raise Unequal("; ".join(unequal.values()) or "; ".join(out["left_out"].values()))
     times = timed(setting, runs)
