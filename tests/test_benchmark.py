@@ -399,6 +399,7 @@ from replib.__main__ import main
 """
 
 
+@pytest.mark.slow
 def test_torch_is_all_that_measuring_needs(project):
     code = f"{BARE}\nsys.exit(main(['bench', '--quick', '--list']))"
     done = subprocess.run(

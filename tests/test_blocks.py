@@ -58,9 +58,19 @@ def tried(family, case):
 TRIED = {(family, case): tried(family, case) for family in BLOCKS for case in GEOMETRIES}
 
 
+FAST = (  # the other geometries are in the slow tier
+    "plain", "strided", "grouped", "depthwise, wider", "valid", "rectangular", "circular", "1-D",
+    "3-D, mixed",
+)  # fmt: skip
+
+
 def cells(wanted):
     """The cells of the support matrix with a wanted outcome."""
-    return [pytest.param(*cell, id="-".join(cell)) for cell, made in TRIED.items() if wanted(made)]
+    return [
+        pytest.param(*cell, id="-".join(cell), marks=() if cell[1] in FAST else pytest.mark.slow)
+        for cell, made in TRIED.items()
+        if wanted(made)
+    ]
 
 
 CASES = cells(lambda made: not isinstance(made, ValueError))

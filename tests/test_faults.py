@@ -93,6 +93,7 @@ def inside_a_cycle(project: Project) -> bool:
     return count(project, "result.json") > 1 and stopped_inside_a_cell(project)
 
 
+@pytest.mark.slow
 def test_killed(project, undisturbed):
     """The main process alone: its workers must be gone too, and nothing may be lost."""
     killed(add_table(project), False, inside_a_cycle)

@@ -81,8 +81,8 @@ def row(printed: str, name: str) -> dict[str, str]:
 # -- train -----------------------------------------------------------------------------------------
 def test_train_is_a_cell_that_is_trained_once(project, in_process, capfd, monkeypatch):
     path, epochs = project.folder / "net.safetensors", []
-    real = loop.train_epoch
-    monkeypatch.setattr(loop, "train_epoch", lambda *a: epochs.append(1) or real(*a))
+    real = loop.Run.train_epoch
+    monkeypatch.setattr(loop.Run, "train_epoch", lambda *a: epochs.append(1) or real(*a))
     assert main(trained_to(path)) == 0
     first = capfd.readouterr().out
     (folder,) = Store().runs.iterdir()
@@ -109,7 +109,7 @@ def test_train_is_a_cell_that_is_trained_once(project, in_process, capfd, monkey
 
 def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkeypatch, capfd):
     path, epochs = project.folder / "net.safetensors", []
-    real_cell, real_epoch = executor.run_cell, loop.train_epoch
+    real_cell, real_epoch = executor.run_cell, loop.Run.train_epoch
 
     def stopped(*arguments, **options):
         def tick():
@@ -118,7 +118,7 @@ def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkey
 
         real_cell(*arguments, **options | {"checkpoint_seconds": -1, "tick": tick})
 
-    monkeypatch.setattr(loop, "train_epoch", lambda *a: epochs.append(1) or real_epoch(*a))
+    monkeypatch.setattr(loop.Run, "train_epoch", lambda *a: epochs.append(1) or real_epoch(*a))
     with monkeypatch.context() as patch:
         patch.setattr(executor, "run_cell", stopped)
         assert main(trained_to(path)) == 130
