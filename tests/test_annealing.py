@@ -13,7 +13,7 @@ from replib.analysis.precision import exact_input, stack
 from replib.analysis.scale_invariance import filters, normalised_convolutions
 from replib.blocks import BLOCKS
 from replib.methods.cycle import Cycle
-from replib.training.loop import cosine
+from replib.training.optimisation import cosine
 
 HOW = {"epochs": 3, "learning_rate": 0.1, "weight_decay": 0.01, "batch_size": 6}
 

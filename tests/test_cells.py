@@ -165,7 +165,12 @@ def test_a_new_key_at_its_default_changes_no_key():
                    crop_ratio=[0.5, 2.0], crop_interpolation="bicubic", policy="v0", cutmix=0.1,
                    policy_interpolation="bicubic", fill=[128], brightness=0.1, contrast=0.1,
                    saturation=0.1, hue=0.1, lighting=0.1, erasing=0.1, mix_each=True,
-                   label_smoothing=0.1)  # fmt: skip
+                   label_smoothing=0.1, drop_last=True,
+                   accumulate=2, learning_rate_decay=0.5, schedule="steps", rate_per="step",
+                   minimum_rate=0.1, milestones=[1], milestone_factor=0.2, warmup_epochs=1,
+                   warmup_steps=1, warmup_rate=0.1, warmup_per="epoch", warmup_counts=False,
+                   late_steps=1, optimizer="adamw", betas=[0.8, 0.9], epsilon=0.1, ema=0.9,
+                   carry_momentum=True, bias_rate=2.0)  # fmt: skip
     assert changes.keys() == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}
     assert len(keys | {key_of(cell, "d")}) == len(changes) + 1

@@ -30,8 +30,8 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
     "official": {"networks", "architectures", "sources", "models", "blocks", "branches", "kernels"},
-    "methods": {"models", "networks", "blocks", "branches", "kernels"},
-    "training": {"fusing"},  # any nn.Module to an nn.Module
+    "methods": {"training", "models", "networks", "blocks", "branches", "kernels"},
+    "training": {"fusing", "blocks", "branches"},  # the last two: what decays, by kind and place
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": {
         "methods", "training", "machine", "networks", "blocks", "branches", "kernels"

@@ -17,7 +17,8 @@ from replib.training import loop
 from replib.training.augmentation import Augmentation
 from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy, deployed_report
-from replib.training.loop import OutOfTime, Recipe, Task, cosine, fit, training_flops
+from replib.training.loop import OutOfTime, Recipe, Task, fit, training_flops
+from replib.training.optimisation import cosine
 from replib.training.step import Step
 
 RECIPE = dict(

@@ -18,7 +18,7 @@ from replib.analysis.scale_invariance import (
 )
 from replib.methods.cycle import Cycle, decay_groups
 from replib.networks import outermost_blocks
-from replib.training.loop import cosine
+from replib.training.optimisation import cosine
 
 Schedule = Callable[[int, int, float], float]
 

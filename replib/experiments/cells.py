@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import re
 import resource
 import sys
@@ -30,6 +29,7 @@ from replib.training import checkpoint, loop
 from replib.training.data import Dataset, Splits, derive, load, split
 from replib.training.evaluation import Split, deployed_report
 from replib.training.loop import Recipe, Task, fit
+from replib.training.optimisation import parameter_groups
 from replib.training.step import chosen
 
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
@@ -277,14 +277,14 @@ def run_cell(
     if cell.teacher is not None:
         teacher = deployed_copy(trained_model(plan_cells[cell.teacher], store))
         teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
-    method = cycle_of(cell, model)
+    method, recipe = cycle_of(cell, model), recipe_of(cell)
     task = Task(
         model=model,
         data=data,
         train=splits.train,
         validation=splits.validation,
-        recipe=recipe_of(cell),
-        groups=lambda: cycle.decay_groups(model, cell.weight_decay, cell.decay),
+        recipe=recipe,
+        groups=lambda: parameter_groups(model, cell.weight_decay, cell.decay, cell.bias_rate),
         loss=loss_of(cell, teacher),
         seed=cell.seed,
         method=method,
@@ -294,7 +294,7 @@ def run_cell(
             compile,
             device,
             flops=cost_of(planned, plan_cells),
-            steps=planned.epochs * math.ceil(len(splits.train) / cell.batch_size),
+            steps=planned.epochs * recipe.steps(len(splits.train)),
         ),
         say=say,
     )
@@ -318,7 +318,7 @@ def run_cell(
     )
     model.load_state_dict(progress.best["weights"])
     flops, teacher_flops = loop.training_flops(task)
-    images = planned.epochs * len(splits.train)
+    images = planned.epochs * recipe.images(len(splits.train))
     selected = progress.history[progress.best["index"]]
     result = {
         "key": key,
@@ -333,7 +333,7 @@ def run_cell(
             "last": progress.history[-1]["test_accuracy"],
             "validation_best": best_of(progress.history, "validation_accuracy"),
             "test_best": best_of(progress.history, "test_accuracy"),
-            "selected_by": recipe_of(cell).select,
+            "selected_by": recipe.select,
             "selected_epoch": progress.best["index"],
             "selected": selected["test_accuracy"],
         },
@@ -384,9 +384,10 @@ def cycle_of(cell: Cell, model: nn.Module) -> cycle.Cycle | None:
 
 def recipe_of(cell: Cell) -> Recipe:
     """What the training loop needs to know."""
-    names = Recipe.__dataclass_fields__.keys() & Cell.model_fields.keys()
+    names = Recipe.__dataclass_fields__.keys() & Cell.model_fields.keys() - {"schedule"}
     return Recipe(
-        **{name: getattr(cell, name) for name in names},
+        **{name: getattr(cell, name) for name in names} | {"betas": tuple(cell.betas)},
+        schedule=cell.rate_schedule(),
         augmentation=cell.augmentation(),
         select="test" if cell.protocol == "paper" else "validation",
         reseed_each_phase=cell.cycle is not None and cell.cycle.reseed,

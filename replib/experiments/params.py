@@ -25,7 +25,8 @@ from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
 from replib.models import BODIES, build
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
-from replib.training.step import PRECISIONS
+from replib.training.optimisation import DECAY, RATE_PER, SCHEDULES, Schedule
+from replib.training.step import OPTIMIZERS, PRECISIONS
 
 Positive = Annotated[int, Field(ge=1, le=10**6)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -78,11 +79,33 @@ class Cell(Strict):
     phases: Positive = 1
     epochs: Positive  # of one phase
     batch_size: Positive = 128
-    learning_rate: Rate  # cosine to 0, stepped per epoch, anew in every phase
+    drop_last: bool = False  # an epoch leaves out the images that fill no whole batch
+    accumulate: Positive = 1  # parts of a batch, one after the other; norms see one part
+    # The learning rate (replib.training.optimisation.Schedule): anew in every phase.
+    learning_rate: Rate
+    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # phase k: to the power k
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"
+    rate_per: Literal[RATE_PER] = "epoch"
+    minimum_rate: Rate = 0.0
+    milestones: list[Positive] = []
+    milestone_factor: Fraction = 0.1
+    warmup_epochs: Count = 0
+    warmup_steps: Count = 0
+    warmup_rate: Rate = 0.0
+    warmup_per: Literal[RATE_PER] | None = None
+    warmup_counts: bool = True
+    late_steps: Count = 0
+    optimizer: Literal[OPTIMIZERS] = "sgd"
     momentum: Fraction = 0.0
     nesterov: bool = False
+    betas: Pair = [0.9, 0.999]  # of AdamW, as epsilon
+    epsilon: Rate = 1e-8
+    carry_momentum: bool = False  # a phase goes on with what the optimizer has gathered
     weight_decay: Rate = 0.0
-    decay: Literal["all", "weights"] = "all"
+    decay: Literal[tuple(DECAY)] = "all"
+    bias_rate: Rate = 1.0  # factor on the learning rate of biases
+    # Decay of the average of the weights that is evaluated and kept in their place; 0: none.
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     clip: Literal["all", "decayed"] = "all"
     precision: Literal[tuple(PRECISIONS)] = "float32"  # of training; evaluation is in float32
@@ -120,10 +143,10 @@ class Cell(Strict):
             raise ValueError(f"image_size (={self.image_size}) is for data=imagefolder only")
         try:
             self.augmentation()
+            self.rate_schedule()
         except UserError as error:
             raise ValueError(str(error).removesuffix(".")) from None
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov (=true) needs momentum above 0")
+        self.optimisation_is_consistent()
         if (self.distill is None) != (self.teacher is None):
             raise ValueError("distill and teacher must be given together")
         if self.cycle is not None and self.cycle.freeze != "none":
@@ -133,6 +156,56 @@ class Cell(Strict):
                     f"below epochs (={self.epochs}): the main branch would never train"
                 )
         return self
+
+    def optimisation_is_consistent(self) -> None:
+        """Rules between the keys of optimisation. Raises: ValueError."""
+        adamw = self.optimizer == "adamw"
+        for name in ("momentum", "nesterov") if adamw else ("betas", "epsilon"):
+            value, default = getattr(self, name), Cell.model_fields[name].default
+            if value != default:
+                other = "sgd (adamw has betas)" if adamw else "adamw"
+                raise ValueError(
+                    f"{name} (={value}) is for optimizer={other}: leave it at (={default})"
+                )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas (={self.betas}) must both be at least 0 and below 1")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov (=true) needs momentum above 0")
+        if self.carry_momentum and self.phases == 1:
+            raise ValueError("carry_momentum (=true) needs phases above 1: from one to the next")
+        if self.carry_momentum and not (self.momentum or adamw):
+            raise ValueError("carry_momentum (=true) needs momentum above 0, or optimizer=adamw")
+        if self.learning_rate_decay != 1 and self.phases == 1:
+            raise ValueError(
+                f"learning_rate_decay (={self.learning_rate_decay}) needs phases above 1: it acts "
+                "from one to the next (within a phase, say schedule)"
+            )
+        least = self.learning_rate * self.learning_rate_decay ** (self.phases - 1)
+        for name in ("minimum_rate", "warmup_rate"):
+            if (value := getattr(self, name)) > least:
+                raise ValueError(
+                    f"{name} (={value}) must be at most the learning rate of the last phase "
+                    f"(={least:g})"
+                )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs (={self.warmup_epochs}) must be below epochs (={self.epochs}), "
+                "those of one phase"
+            )
+        if self.milestones and self.milestones[-1] >= self.epochs:
+            raise ValueError(
+                f"milestones (={self.milestones}) must be below epochs (={self.epochs}), those of "
+                "one phase"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate (={self.accumulate}) must divide batch_size (={self.batch_size})"
+            )
+
+    def rate_schedule(self) -> Schedule:
+        """Its learning rate over a phase. Raises: UserError where keys do not agree."""
+        values = {field.name: getattr(self, field.name) for field in fields(Schedule)}
+        return Schedule(**values | {"milestones": tuple(self.milestones)})
 
     def augmentation(self) -> Augmentation:
         """What is done to its training images. Raises: UserError where keys do not agree."""
@@ -158,6 +231,10 @@ ADDED = {
     "precision", "resized_crop", "crop_area", "crop_ratio", "crop_interpolation", "policy",
     "policy_interpolation", "fill", "brightness", "contrast", "saturation", "hue", "lighting",
     "erasing", "cutout", "mixup", "cutmix", "mix_each", "label_smoothing",
+    "drop_last", "accumulate", "learning_rate_decay", "schedule", "rate_per", "minimum_rate",
+    "milestones", "milestone_factor", "warmup_epochs", "warmup_steps", "warmup_rate", "warmup_per",
+    "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
+    "ema",
 }  # fmt: skip
 
 

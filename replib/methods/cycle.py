@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from replib.blocks import RepBlock
-from replib.branches import Convolution, Norm
+from replib.branches import Norm
 from replib.kernels import Kernel, convolve
 from replib.networks import outermost_blocks
+from replib.training.optimisation import parameter_groups
 
 VERSION = 1  # raise when the numbers of a cycle change
 
@@ -43,19 +44,10 @@ FREEZE = {
 def decay_groups(model: nn.Module, weight_decay: float, decay: str = "weights") -> list[dict]:
     """Two groups for an optimizer: with weight decay, and without.
 
-    decay: "weights" decays convolution kernels only (RepAn's cycles); "all" everything.
+    decay: of replib.training.optimisation.DECAY; "weights", RepAn's cycles, decays convolution
+    kernels only.
     """
-    decayed, free = [], []
-    kinds = (Convolution, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            kernel = isinstance(module, kinds) and name == "weight"
-            (decayed if kernel or decay == "all" else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    return parameter_groups(model, weight_decay, decay)
 
 
 class Cycle:

@@ -1,4 +1,4 @@
-"""The one training loop: phases of epochs, each with a fresh optimizer and a fresh cosine.
+"""The one training loop: phases of epochs, each with a fresh optimizer and a fresh schedule.
 
 A plain run is one phase. A cycle is several: at the start of each, the method restructures the
 network. Everything random is drawn from (seed, purpose, phase, epoch), so a run that is killed and
@@ -12,7 +12,6 @@ the epoch are there at its start, and its loss is read at its end.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -23,15 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from replib.errors import UserError
 from replib.fusing import deployed_copy, refill
 from replib.training import loader
 from replib.training.augmentation import Augmentation
 from replib.training.data import Dataset, derive
 from replib.training.evaluation import Normalise, Split, accuracy, relative_jump
 from replib.training.loader import Folder
-from replib.training.step import Step, set_rate, sgd
+from replib.training.optimisation import Average, Schedule
+from replib.training.step import Step, adamw, set_rate, sgd
 
 VERSION = 2  # raise when the numbers of a training run change
+KNOWN = "known"  # the name of rows of `Task.known` beside what is drawn
 PROBE_IMAGES = 256  # un-augmented training images on which a function jump is measured
 
 
@@ -41,7 +43,8 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One phase's optimisation: SGD, cosine to 0 stepped per epoch, optional global clipping."""
+    """How a network is optimised; the defaults are SGD and, in every phase, a cosine to 0 that is
+    stepped per epoch."""
 
     phases: int
     epochs: int
@@ -57,6 +60,28 @@ class Recipe:
     select: str  # "validation" or "test"
     reseed_each_phase: bool  # every phase sees the same order, as RepAn's released code
     precision: str = "float32"  # of replib.training.step.PRECISIONS
+    schedule: Schedule = field(default_factory=Schedule)  # of the learning rate within a phase
+    learning_rate_decay: float = 1.0  # phase k begins at learning_rate times this to the power k
+    optimizer: str = "sgd"  # of replib.training.step.OPTIMIZERS
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, as epsilon
+    epsilon: float = 1e-8
+    ema: float = 0.0  # decay of the average that is evaluated in the network's place; 0: none
+    drop_last: bool = False  # an epoch leaves out the images that fill no whole batch
+    accumulate: int = 1  # parts of a batch that go through the network one after the other
+    carry_momentum: bool = False  # a phase goes on with the optimizer's state of the one before
+
+    def images(self, available: int) -> int:
+        """How many of the training images an epoch takes."""
+        return available - available % self.batch_size if self.drop_last else available
+
+    def steps(self, available: int) -> int:
+        """The steps of an epoch."""
+        return -(-self.images(available) // self.batch_size)
+
+    def rate(self, phase: int, epoch: int, step: int, steps: int) -> float:
+        """The learning rate of one step, all counted from 0."""
+        base = self.learning_rate * self.learning_rate_decay**phase
+        return self.schedule.rate(base, epoch, self.epochs, step, steps)
 
 
 @dataclass
@@ -76,6 +101,7 @@ class Task:
     decoders: int | None = None  # processes that read image files; None: as many as cores
     compile: str = "none"  # of replib.training.step.MODES, not "auto"; after `fit`: what ran
     say: Callable[[str], None] = print  # takes a line for the user
+    known: Tensor | None = None  # (views, images, ...), see known_logits: `loss` is given its rows
 
 
 @dataclass
@@ -90,11 +116,6 @@ class Progress:
     restarts: list[dict] = field(default_factory=list)
     best: dict | None = None  # {"score", "index", "weights"} over the whole run
     phase_best: dict | None = None
-
-
-def cosine(epoch: int, epochs: int, base: float) -> float:
-    """base / 2 (1 + cos(pi epoch / epochs)): base at 0, 0 at the end (Loshchilov, 2017)."""
-    return base / 2 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def fit(
@@ -144,7 +165,15 @@ class Run:
         held_out = task.validation
         self.held_out = Split(self.images, data.train_labels, held_out, data, device, dtype)
         self.step: Step | None = None
+        self.average: Average | None = None
         self.deployed: nn.Module | None = None
+        self.images_per_epoch = task.recipe.images(len(task.train))
+        self.steps_per_epoch = task.recipe.steps(len(task.train))
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"batch_size (={task.recipe.batch_size}) with drop_last (=true) must be at most "
+                f"{len(task.train)}, the number of training images."
+            )
         self.progress = Progress(loss=torch.zeros((), device=device))
 
     def whole(self, resume: dict | None) -> Progress:
@@ -157,7 +186,12 @@ class Run:
             if task.method is not None:
                 task.method.load_state_dict(resume["method"])
             self.prepare_step()
-            self.step.optimizer.load_state_dict(resume["optimizer"])
+            optimizer = self.step.optimizer
+            # The recipe says what the groups are; a checkpoint, what they have gathered.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(resume["optimizer"] | {"param_groups": groups})
+            if self.average is not None:
+                self.average.model.load_state_dict(resume["average"])
         progress, started = self.progress, resume is not None
         while progress.phase < recipe.phases:
             if not started:
@@ -166,7 +200,7 @@ class Run:
             while progress.epoch < recipe.epochs:
                 if task.method is not None:
                     task.method.epoch(progress.epoch)
-                rate = cosine(progress.epoch, recipe.epochs, recipe.learning_rate)
+                rate = self.rate(0)
                 set_rate(self.step.optimizer, rate)
                 self.train_epoch()
                 self.record(rate)
@@ -177,6 +211,11 @@ class Run:
             progress.phase, progress.epoch, started = progress.phase + 1, 0, False
         task.compile = self.step.mode if self.step is not None else task.compile
         return progress
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step of the present epoch."""
+        at = self.progress
+        return self.task.recipe.rate(at.phase, at.epoch, step, self.steps_per_epoch)
 
     def pause(self) -> None:
         """Between two steps: write the checkpoint that is due; stop where time is over."""
@@ -190,6 +229,7 @@ class Run:
                     "model": self.model.state_dict(),
                     "method": method.state_dict() if method is not None else {},
                     "optimizer": self.step.optimizer.state_dict(),
+                    "average": self.average.model.state_dict() if self.average else {},
                 }
             )
             self.written = time.monotonic()
@@ -220,16 +260,22 @@ class Run:
         )
 
     def prepare_step(self) -> None:
-        """A fresh optimizer. The compiled step goes on where only values have changed, as in
-        RepAn's cycle; where modules or shapes have, it is built anew."""
+        """A fresh optimizer, and a fresh average. The compiled step goes on where only values have
+        changed, as in RepAn's cycle; where modules or shapes have, it is built anew."""
+        if self.task.recipe.ema:
+            self.average = Average(self.model, self.task.recipe.ema)
         if self.step is not None and self.step.fits:
-            self.step.restart()
+            if not self.task.recipe.carry_momentum:
+                self.step.restart()
             return
         if self.step is not None:
             torch.compiler.reset()  # what was compiled for the old structure is of no use
         self.deployed = None
         task, recipe = self.task, self.task.recipe
-        optimizer = sgd(task.groups(), momentum=recipe.momentum, nesterov=recipe.nesterov)
+        if recipe.optimizer == "adamw":
+            optimizer = adamw(task.groups(), betas=recipe.betas, epsilon=recipe.epsilon)
+        else:
+            optimizer = sgd(task.groups(), momentum=recipe.momentum, nesterov=recipe.nesterov)
         clipped = [
             parameter
             for group in optimizer.param_groups
@@ -245,6 +291,7 @@ class Run:
             clipped=clipped,
             clip_norm=recipe.clip_norm,
             after_backward=(lambda: None) if method is None else method.after_backward,
+            accumulate=recipe.accumulate,
             variant=lambda: getattr(method, "holds", None),
             precision=recipe.precision,
             compile=task.compile,
@@ -260,7 +307,8 @@ class Run:
         logits = self.model(x)
         # A loss is computed in float32 at least.
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        return self.task.loss(logits, targets, x)
+        known = [rows[KNOWN]] if KNOWN in rows and len(images) == self.step.part else []
+        return self.task.loss(logits, targets, x, *known)
 
     def train_epoch(self) -> None:
         """The rest of an epoch: one pass over the training images."""
@@ -269,8 +317,12 @@ class Run:
         phase = 0 if recipe.reseed_each_phase else progress.phase
         generator = torch.Generator().manual_seed(derive(task.seed, "order", phase, progress.epoch))
         own = derive(task.seed, "network", phase, progress.epoch)  # of dropout and the like
-        order = task.train[torch.randperm(len(task.train), generator=generator)]
+        places = torch.randperm(len(task.train), generator=generator)[: self.images_per_epoch]
+        order = task.train[places]
         images, drawn, boxes = self.drawn(order, generator)
+        if task.known is not None:
+            view = drawn["flip"].long() if "flip" in drawn else torch.zeros_like(places)
+            drawn[KNOWN] = task.known[view.to(task.device), places.to(task.device)]
         size, done = recipe.batch_size, progress.batch
         chunks = order.split(size)[done:]
         labels = self.labels[order.to(task.device)].split(size)[done:]
@@ -289,7 +341,11 @@ class Run:
                 row = [value[i] for value in rows]
                 x = recipe.augmentation.apply(x, dict(zip(drawn, row, strict=True)))
                 torch.manual_seed(own + progress.batch)
+                if recipe.schedule.rate_per == "step":
+                    set_rate(self.step.optimizer, self.rate(progress.batch))
                 loss = self.step(x, y, *row)
+                if self.average is not None:
+                    self.average.update()
                 progress.loss += loss * len(y)
                 progress.batch += 1
                 self.worked = True
@@ -312,11 +368,14 @@ class Run:
     def record(self, rate: float) -> None:
         """Evaluate, log the epoch, and keep the weights where they are the best so far.
 
+        rate: the learning rate with which the epoch began. With an average, it is what is
+        evaluated and kept; a phase that starts from the "last" epoch starts from the network.
+
         By validation accuracy, the later of equals: with few images ties are common, and the later
         epoch has the smaller learning rate. By test accuracy, strictly better only, as RepAn.
         """
         task, progress = self.task, self.progress
-        model = self.model.eval()
+        model = self.model.eval() if self.average is None else self.average.network()
         if self.deployed is None:
             self.deployed = deployed_copy(model)
         else:
@@ -326,7 +385,7 @@ class Run:
             return accuracy(self.deployed, split, self.pause) if len(split) else None
 
         test, validation = correct(self.test), correct(self.held_out)
-        loss = progress.loss.item() / len(task.train)
+        loss = progress.loss.item() / self.images_per_epoch
         progress.history.append(
             {
                 "phase": progress.phase,
@@ -359,7 +418,7 @@ def training_flops(task: Task) -> tuple[int, int]:
     Counted by torch's FlopCounterMode on one batch: convolutions and matrix products, two per
     multiply-add. Norms and activations are not counted.
     """
-    n = min(task.recipe.batch_size, len(task.train))
+    n = min(-(-task.recipe.batch_size // task.recipe.accumulate), len(task.train))
     model = copy.deepcopy(task.model).to(task.device).train()
     normalise = Normalise(task.data, task.device, next(model.parameters()).dtype)
     x = normalise(next(loader.batches(task.data.train_images, [task.train[:n]], task.device)))

@@ -8,6 +8,7 @@ another size than the full one (the last of an epoch) always run eagerly.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Hashable, Iterator
@@ -24,6 +25,7 @@ MODES = {
     "cudagraphs": "the same, and the whole step is one CUDA graph; on a GPU only",
     "auto": "chosen by the length of the run: see `chosen`",
 }
+OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Compiling RepVGG-A1 takes about a minute. On a processor that saves a third of each step, so it
 # is repaid after minutes; `auto` asks for about an hour of one core (3e10 FLOPs a second). A GPU
@@ -53,6 +55,15 @@ def chosen(mode: str, device: str, *, flops: float, steps: int) -> str:
     return "default" if flops >= WORTH_FLOPS and why_not(device) is None else "none"
 
 
+def autocast(device: str, precision: str) -> torch.autocast:
+    """What a step computes under, in a precision of PRECISIONS."""
+    lower = PRECISIONS[precision] is not torch.float32
+    dtype = torch.bfloat16 if lower else None
+    # Without a cache of cast weights: a recording would read what it no longer holds.
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype, enabled=lower, cache_enabled=False)
+
+
 def why_not(device: str) -> str | None:
     """What torch.compile lacks here: a C++ compiler, or Triton on a GPU. None: nothing."""
     if device.startswith("cuda"):
@@ -70,9 +81,12 @@ class Step:
 
     objective: tensors of one batch -> scalar loss; all that it reads besides them must be tensors
     that stay where they are, such as parameters and buffers. A teacher belongs in it, too.
-    optimizer: with its state allocated (`sgd`), its rates set by `set_rate`.
+    optimizer: with its state allocated (`sgd`, `adamw`), its rates set by `set_rate`.
     clipped: the parameters whose gradients are clipped to a common norm of `clip_norm`.
     after_backward: called between clipping and the optimizer; it may set gradients to None.
+    accumulate: a batch goes through the network in so many parts, one after the other, whose
+    gradients add up to that of its mean loss: less memory, and norms see a part as one of so many
+    GPUs would. `objective` is then given the parts.
     variant: what it does there depends on this value, besides tensors; each has its recording.
     batch: the length of the first axis of a full batch.
     say: takes a line for the user where compiling fails; the step then goes on without.
@@ -88,6 +102,7 @@ class Step:
         clipped: list[nn.Parameter] | None = None,
         clip_norm: float | None = None,
         after_backward: Callable[[], None] = lambda: None,
+        accumulate: int = 1,
         variant: Callable[[], Hashable] = lambda: None,
         precision: str = "float32",
         compile: str = "none",
@@ -97,14 +112,12 @@ class Step:
         self.clipped = parameters_of(optimizer) if clipped is None else clipped
         self.clip_norm, self.after_backward, self.variant = clip_norm, after_backward, variant
         self.mode, self.say = compile, say
+        self.part = math.ceil(batch / accumulate)  # images that go through the network at once
         self.structure = structure(model)
         device = next(model.parameters()).device.type
-        lower = PRECISIONS[precision] is not torch.float32
 
         def forward(*inputs: Tensor) -> Tensor:
-            # Without a cache of cast weights: a recording would read what it no longer holds.
-            dtype = torch.bfloat16 if lower else None
-            with torch.autocast(device, dtype, enabled=lower, cache_enabled=False):
+            with autocast(device, precision):
                 return objective(*inputs)
 
         self.eager = self.forward = forward
@@ -133,13 +146,26 @@ class Step:
     def update(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The step itself."""
         self.optimizer.zero_grad()
-        loss = forward(*inputs)
-        loss.backward()
+        loss = self.backward(forward, *inputs)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.clipped, self.clip_norm)
         self.after_backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def backward(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The mean loss of a batch, and its gradients, part by part."""
+        images = len(inputs[0])
+        if images <= self.part:
+            loss = forward(*inputs)
+            loss.backward()
+            return loss.detach()
+        total = 0.0
+        for part in zip(*(value.split(self.part) for value in inputs), strict=True):
+            share = forward(*part) * (len(part[0]) / images)
+            share.backward()
+            total = total + share.detach()
+        return total
 
     def compile(self, *inputs: Tensor) -> None:
         """Compile forward and backward, by a step that leaves no trace; eager where that fails."""
@@ -194,9 +220,10 @@ class Step:
                 self.optimizer.zero_grad()
 
     def restart(self) -> None:
-        """A fresh optimizer: its momentum is forgotten, in place."""
+        """A fresh optimizer: all that it has gathered is forgotten, in place."""
         for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()
+            for value in state.values():  # momentum, moments, the number of steps: they start at 0
+                value.zero_()
 
 
 class Recorder:
@@ -266,16 +293,35 @@ def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.S
     return optimizer
 
 
+def adamw(groups: list[dict], *, betas: tuple[float, float], epsilon: float) -> torch.optim.AdamW:
+    """AdamW in one launch for all parameters, its moments allocated and 0.
+
+    Its count of steps lies on the device, so that a CUDA graph can hold the step (`capturable`).
+    """
+    on_gpu = groups[0]["params"][0].is_cuda
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=betas, eps=epsilon, fused=True, capturable=on_gpu
+    )
+    for parameter in parameters_of(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of all groups; on a GPU as a tensor, which a recorded step reads anew."""
+    """The learning rate of all groups, times a group's own "lr_scale" (timm's name for it); on a
+    GPU as a tensor, which a recorded step reads anew."""
     for group in optimizer.param_groups:
-        parameter = group["params"][0]
+        parameter, own = group["params"][0], rate * group.get("lr_scale", 1.0)
         if not parameter.is_cuda:
-            group["lr"] = rate
+            group["lr"] = own
         elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = torch.full((), rate, device=parameter.device)
+            group["lr"] = torch.full((), own, device=parameter.device)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
