@@ -50,11 +50,11 @@ lab: .venv/ready
 
 ## test                 the fast tests
 test: .venv/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 ## test-all             all tests
 test-all: test
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 ## check                formatting and lint
 check: .venv/ready
