@@ -15,11 +15,18 @@ from replib.models.cifar_repvgg import StageNet
 from replib.networks import outermost_blocks
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-KNOWN = [
-    name
-    for name, family in BLOCKS.items()
-    if name in ("repvgg", "acb", "dbb", "rep", "mobileone", "dyrep", "orepa", "convbn")
-]
+
+
+def fits(family):
+    """Whether every 3x3 layer of a network can be of it."""
+    try:
+        family(3, 4, 3, stride=2)
+    except ValueError:
+        return False
+    return True
+
+
+KNOWN = [name for name, family in BLOCKS.items() if fits(family)]
 
 
 def network(block="repvgg"):
@@ -191,6 +198,72 @@ def test_blocks_without_side_branches_are_kept_and_listed():
     assert all(torch.equal(v, old[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("block", ["repvgg", "dbb", "acb", "rep", "mobileone"])
+def test_official_in_train_mode_is_normalised_by_the_batch(block):
+    """Exact in eval mode at rate 0; in train mode gamma (y - m) / sqrt(q + eps (gamma / s)^2) and
+    a constant, y being the convolution with the merged kernel and m, q its batch's statistics."""
+    model = network(block)
+    block = outermost_blocks(model)["stages.1.1.block"]
+    x = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    kernel, norm = block.merged(rate=1.0), block.main_branch[1].norm
+    y = nn.functional.conv2d(x, kernel.weight, padding=1)
+    Cycle(model, warmup=4, rate_schedule="ramp").start_cycle()
+    sigma = (norm.running_var + norm.eps).sqrt()
+    mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+    gain = norm.weight / (variance + norm.eps * (norm.weight / sigma) ** 2).sqrt()
+    constant = kernel.bias + norm.running_mean * norm.weight / sigma
+    shape = (1, -1, 1, 1)
+    in_train = gain.view(shape) * (y - mean.view(shape)) + constant.view(shape)
+    torch.testing.assert_close(block.eval()(x), y + kernel.bias.view(shape), rtol=0, atol=1e-11)
+    assert jump(y + kernel.bias.view(shape), in_train) > 0.1
+    torch.testing.assert_close(block.train()(x), in_train, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("fidelity", ["official", "preserving"])
+def test_a_partial_cycle_leaves_the_other_blocks_alone(fidelity):
+    model = network("dbb")
+    old = copy.deepcopy(model.state_dict())
+    cycle = Cycle(model, warmup=4, fidelity=fidelity, blocks=["stages.1.*", "stages.2.0.block"])
+    cycle.start_cycle(IMAGES)
+    assert list(cycle.blocks) == ["stages.1.0.block", "stages.1.1.block", "stages.2.0.block"]
+    assert cycle.kept == {"stages.0.0.block": "was not chosen"}
+    changed = {
+        k.rpartition(".branches")[0]
+        for k, v in model.state_dict().items()
+        if not torch.equal(v, old[k])
+    }
+    assert changed == set(cycle.blocks)
+
+
+@pytest.mark.parametrize("block", KNOWN)
+@pytest.mark.parametrize("norm", [None, "match"])
+def test_calibration_makes_the_two_modes_agree(block, norm):
+    """On the images that were measured, each norm normalises with its own running statistics."""
+    model = network(block)
+    cycle = Cycle(model, warmup=4, norm=norm, calibrate=True)
+    cycle.start_cycle(IMAGES)
+    n = IMAGES.numel() / IMAGES.shape[1]  # running variances are unbiased: n / (n - 1), at least
+    in_eval, in_train = model.eval()(IMAGES), model.train()(IMAGES)
+    assert jump(in_train, in_eval) < (0.2 if cycle.blocks else 20 / n)
+
+
+def test_official_with_matched_statistics_is_normalised_as_before():
+    """The main norm keeps its scale: its running variance is that of what now enters it."""
+    model = network()
+    Cycle(model, warmup=4, norm="match").start_cycle(IMAGES)
+    block = outermost_blocks(model)["stages.0.0.block"]
+    norm = block.main_branch[-1].norm
+    entering = nn.functional.conv2d(IMAGES, block.main_branch[0].weight, padding=1)
+    torch.testing.assert_close(norm.running_var, entering.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(norm.running_mean, entering.mean((0, 2, 3)))
+
+
+def test_images_are_asked_for():
+    for options in ({"norm": "match"}, {"calibrate": True}):
+        with pytest.raises(ValueError, match=r"start_cycle.images."):
+            Cycle(network(), warmup=4, **options).start_cycle()
+
+
 def test_mode_is_left_as_it_was():
     model = network().train()
     model.stages[0].eval()
@@ -220,6 +293,7 @@ def test_state_dict_resumes():
         ({"warmup": 2, "fidelity": "exact"}, "'official', 'preserving'|official, preserving"),
         ({"warmup": 2, "freeze": "yes"}, "none, skip, zero"),
         ({"warmup": 2, "restructure": "merge"}, "cycle, redraw, none"),
+        ({"warmup": 2, "blocks": ["stages.7.*"]}, "stages.7.*names no block.*stages.0.0.block"),
     ],
 )
 def test_wrong_options_are_named(options, message):

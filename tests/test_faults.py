@@ -3,6 +3,7 @@
 The table has every kind of cell: plain, control, official, preserving, distilled, and a teacher.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import pytest
 from conftest import TINY, Project
 
 from replib.__main__ import main
+from replib.blocks import RepBlock
 from replib.experiments.store import Store, canonical, read_evidence
 
 CELLS = 6
@@ -131,6 +133,29 @@ def test_a_budget_stops_and_goes_on(project, in_process, undisturbed, capfd):
         assert stops < 200, "it never ends"
     assert inside > 2, "it was to stop inside cells"
     assert results(project) == undisturbed
+
+
+class Stopped(BaseException):
+    """What no code of ours handles: as sudden as a kill, in the same process."""
+
+
+@pytest.mark.parametrize("block", [2, 6])
+def test_stopped_between_merge_and_restore(project, in_process, undisturbed, monkeypatch, block):
+    """A block has been merged and redrawn, and does not get its kernel back."""
+    add_table(project)
+    calls, restore = itertools.count(1), RepBlock.restore
+
+    def stopped(self, *arguments, **options):
+        if next(calls) == block:
+            raise Stopped
+        return restore(self, *arguments, **options)
+
+    monkeypatch.setattr(RepBlock, "restore", stopped)
+    with pytest.raises(Stopped):
+        main([*RUN, "--workers", "1"])
+    assert 0 < len(results(project)) < CELLS
+    assert main([*RUN, "--workers", "1"]) == 0
+    assert next(calls) > 2 * block and results(project) == undisturbed
 
 
 def children(pid: int) -> list[int]:

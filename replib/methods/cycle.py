@@ -10,7 +10,8 @@ released code, whose semantics are `fidelity="official"`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from replib.blocks import RepBlock
 from replib.branches import Norm
 from replib.kernels import Kernel, convolve
+from replib.methods.calibration import calibrate
 from replib.networks import outermost_blocks
 from replib.training.optimisation import parameter_groups
 
@@ -75,7 +77,12 @@ class Cycle:
     family's for official, "match" for preserving ("unit" without images).
     rule: how side branches are drawn (`replib.branches.RULES`); reseed: every cycle draws the
     same numbers, as the released code does.
-    Blocks without side branches, or that cannot be inverted, are kept and listed in `kept`.
+    blocks: only these, by name or by pattern ("stages.1.*"); the others train on as they are.
+    calibrate: after the restore, running statistics are measured anew on the images; at rate 1
+    the released code leaves those of the branches that were there before.
+    Blocks without side branches, or that cannot be inverted, or that were not chosen, are kept
+    and listed in `kept` with the reason.
+    Raises: ValueError for other values, and for a name or pattern that no block has.
     """
 
     def __init__(
@@ -91,6 +98,8 @@ class Cycle:
         rule: str = "repan",
         reseed: bool = False,
         seed: int = 0,
+        blocks: Sequence[str] | None = None,
+        calibrate: bool = False,
     ):
         for name, value, known in (
             ("fidelity", fidelity, ("official", "preserving")),
@@ -106,20 +115,33 @@ class Cycle:
         self.rate_at = RATE_SCHEDULES[rate_schedule or default]
         self.model, self.warmup, self.fidelity = model, warmup, fidelity
         self.restructure, self.freeze, self.norm, self.rule = restructure, freeze, norm, rule
-        self.reseed, self.seed = reseed, seed
+        self.reseed, self.seed, self.calibrate = reseed, seed, calibrate
         self.cycle, self.current_epoch = -1, 0
-        blocks = outermost_blocks(model)
-        self.blocks = {n: b for n, b in blocks.items() if b.side_branches and b.invertible}
-        self.kept = {
-            name: "has no side branches" if block.invertible else "cannot be inverted"
-            for name, block in blocks.items()
-            if name not in self.blocks
-        }
+        self.blocks: dict[str, RepBlock] = {}
+        self.kept: dict[str, str] = {}
+        found = outermost_blocks(model)
+        for pattern in blocks or ():
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise ValueError(
+                    f"blocks (={pattern!r}) names no block of this network; its blocks are "
+                    f"{', '.join(found) or 'none'}."
+                )
+        for name, block in found.items():
+            if not block.invertible:
+                self.kept[name] = "cannot be inverted"
+            elif not block.side_branches:
+                self.kept[name] = "has no side branches"
+            elif blocks and not any(fnmatchcase(name, pattern) for pattern in blocks):
+                self.kept[name] = "was not chosen"
+            else:
+                self.blocks[name] = block
 
     def start_cycle(self, images: Tensor | None = None) -> None:
-        """Merge, redraw, restore. images (N, C, H, W): what "preserving" measures statistics on.
+        """Merge, redraw, restore. images (N, C, H, W): those that statistics are measured on, by
+        "preserving", by norm="match" and by `calibrate`.
 
         The model's train or eval mode is left as it was.
+        Raises: ValueError where images are needed and not given.
         """
         self.cycle += 1
         turn = 0 if self.reseed else self.cycle
@@ -127,51 +149,62 @@ class Cycle:
         if self.restructure == "redraw":
             for block in self.blocks.values():
                 block.redraw(self.rule, generator)
-        elif self.restructure == "cycle" and self.fidelity == "official":
-            for block in self.blocks.values():
-                kernel = block.merged(rate=1.0)
-                block.redraw(self.rule, generator)
-                block.restore(kernel, "official", self.norm)
         elif self.restructure == "cycle":
-            self.restore_preserving(images, generator)
+            measured = self.fidelity == "preserving" or self.norm == "match"
+            if measured and images is not None:
+                self.restore_in_one_pass(images, generator)
+            elif self.norm == "match":
+                raise ValueError("norm (='match') needs start_cycle(images).")
+            else:
+                for block in self.blocks.values():
+                    self.restore(block, generator)
         self.epoch(0)
+        if self.calibrate and self.restructure != "none":
+            if images is None:
+                raise ValueError("calibrate (=True) needs start_cycle(images).")
+            calibrate(self.model, [images])
 
     @torch.no_grad()
-    def restore_preserving(self, images: Tensor | None, generator: torch.Generator) -> None:
+    def restore(
+        self, block: RepBlock, generator: torch.Generator, inputs: Tensor | None = None
+    ) -> None:
+        """Merge, redraw and restore one block, whose inputs (N, I, H, W) are these."""
+        if self.fidelity == "official" and self.norm != "match":
+            kernel = block.merged(rate=1.0)
+            block.redraw(self.rule, generator)
+            block.restore(kernel, "official", self.norm)
+            return
+        preserving, geometry = self.fidelity == "preserving", block.geometry
+        kernel = block.merged(rate=None if preserving else 1.0)
+        block.redraw(self.rule, generator)
+        if preserving and inputs is not None:
+            measure_side_branches(block, inputs)
+        elif preserving:
+            for branch in block.side_branches.values():
+                reset_statistics(branch)
+        block.set_rate(self.rate_at(0, self.warmup))
+
+        def statistics(bare: Kernel) -> tuple[Tensor, Tensor]:
+            y = convolve(inputs, bare.to(inputs.dtype), geometry.padding, geometry.stride)
+            axes = (0, *range(2, y.dim()))
+            return y.mean(axes), y.var(axes, correction=0)
+
+        norm = self.norm or ("unit" if inputs is None else "match")
+        block.restore(kernel, self.fidelity, norm, statistics)
+
+    @torch.no_grad()
+    def restore_in_one_pass(self, images: Tensor, generator: torch.Generator) -> None:
         """One pass over `images`: each block is restored when its own input arrives.
 
-        The blocks before it are restored already, so it sees the input that it had before.
+        The blocks before it are restored already; where they are so exactly, it sees the input
+        that it had before.
         """
-        rate = self.rate_at(0, self.warmup)
-        if images is None:
-            for block in self.blocks.values():
-                kernel = block.merged()
-                block.redraw(self.rule, generator)
-                for branch in block.side_branches.values():
-                    reset_statistics(branch)
-                block.set_rate(rate)
-                block.restore(kernel, "preserving", self.norm or "unit")
-            return
-
         waiting = set(self.blocks.values())
 
         def restore(block: RepBlock, inputs: tuple[Tensor, ...]) -> None:
-            if block not in waiting:  # a block used twice is restored at its first use
-                return
-            waiting.remove(block)
-            kernel = block.merged()
-            block.redraw(self.rule, generator)
-            measure_side_branches(block, inputs[0])
-            block.set_rate(rate)
-            geometry = block.geometry
-
-            def statistics(bare: Kernel) -> tuple[Tensor, Tensor]:
-                bare = bare.to(inputs[0].dtype)
-                y = convolve(inputs[0], bare, geometry.padding, geometry.stride)
-                axes = (0, *range(2, y.dim()))
-                return y.mean(axes), y.var(axes, correction=0)
-
-            block.restore(kernel, "preserving", self.norm or "match", statistics)
+            if block in waiting:  # a block used twice is restored at its first use
+                waiting.remove(block)
+                self.restore(block, generator, inputs[0])
 
         modes = {module: module.training for module in self.model.modules()}
         hooks = [block.register_forward_pre_hook(restore) for block in waiting]

@@ -1,0 +1,50 @@
+"""Running statistics of norms, measured anew on batches of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    where: Callable[[str, nn.Module], bool] = lambda name, norm: True,
+) -> list[str]:
+    """Set the running statistics of batch norms to the average over batches; their names.
+
+    batches: inputs of the model, (N, C, H, W) each, all of equal weight. Every norm sees what the
+    norms before it give in train mode, that is normalised by the batch. Weights, momentum and the
+    train or eval mode of every module are left as they were; norms without running statistics, and
+    those where where(name, norm) is False, are not touched and act as in eval mode.
+    Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018, section 3.2;
+    Huang et al., DyRep, CVPR 2022, after a change of structure.
+    Raises: ValueError without a batch; nothing is changed then.
+    """
+    named = {name: m for name, m in model.named_modules() if isinstance(m, NORMS)}
+    chosen = {n: m for n, m in named.items() if m.track_running_stats and where(n, m)}
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("batches (= none) must hold at least one batch of images.")
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in chosen.values()}
+    try:
+        model.eval()
+        for norm in chosen.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # the cumulative average
+            norm.train()
+        for batch in (first, *batches):
+            model(batch)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    return list(chosen)
