@@ -339,8 +339,9 @@ def total(piece: Sum, chains: Chains, values: Values) -> Total:
     """The kernel of some branches of a sum, except for the last product of each."""
     form, ones = whole(chains), (1,) * piece.dims
     done, products, filtered = [], [], []
-    for name, *_ in chains:
-        chain = [weight_of(leaf, values) for leaf in flat(piece.branches[name])]
+    for name, forms, _ in chains:
+        links = zip(flat(piece.branches[name]), forms, strict=True)
+        chain = [weight_of(leaf, leaf_form, values) for leaf, leaf_form in links]
         if name != piece.main and piece in values:
             channels = form.out_channels
             rate = values[piece].expand(channels).view(-1, 1, *ones)
@@ -382,9 +383,8 @@ def stacked(pairs: list[tuple[Weight, Weight]]) -> tuple[Weight, Weight]:
     )
 
 
-def weight_of(piece: Piece, values: Values) -> Weight:
+def weight_of(piece: Piece, form: Form, values: Values) -> Weight:
     """The kernel of one link of a chain."""
-    form = form_of(piece)
     if isinstance(piece, Sum):
         return Weight(form, total(piece, chains_of(piece), values).value())
     if isinstance(piece, Scale):
@@ -401,8 +401,13 @@ def offset(piece: Convolution) -> Tensor:
     weight = piece.weight
     if max(piece.extent) > 1:
         return piece.identity_weight(weight.dtype)
-    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return eye.repeat(len(weight) // len(eye), 1).view(weight.shape)
+    return identities(*weight.shape[:2], weight.dtype, weight.device).view(weight.shape)
+
+
+@remembered
+def identities(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Identity matrices one below the other; a constant, which nobody writes to."""
+    return torch.eye(columns, dtype=dtype, device=device).repeat(rows // columns, 1)
 
 
 def product(first: Weight, second: Weight) -> Product | Scaled:
