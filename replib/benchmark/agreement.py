@@ -29,6 +29,8 @@ SLACK = 8  # sums in another order: errors of the same size, the largest of some
 FLOOR = 256  # in units of eps: what a network that is luckier than that is still allowed
 # What no step may exceed, however large the network's own error: gradients of a deep network are
 # off by per cents where a ReLU sees a float32 on the other side of 0.
+# One ReLU there moves gradients by tenths of a per cent, and the reference may have met none.
+LEAST = {"gradients": 0.01}
 CAPS = {"outputs": 0.05, "gradients": 0.5, "statistics": 0.05, "weights": 0.05}
 PARTS = ("outputs", "gradients", "statistics")
 
@@ -142,7 +144,8 @@ def distances(found: Pass, reference: Pass, view: str) -> dict[str, float]:
 def agreement(errors: Mapping[str, float], own: Mapping[str, float], eps: float) -> dict:
     """{"equal", "errors", "allowed"} of a way; own: of the reference in the way's precision."""
     caps = {part: max(CAPS[part], 64 * eps) for part in errors}  # half precision rounds by more
-    allowed = {part: min(max(SLACK * own[part], FLOOR * eps), caps[part]) for part in errors}
+    least = {part: max(FLOOR * eps, LEAST.get(part, 0)) for part in errors}
+    allowed = {part: min(max(SLACK * own[part], least[part]), caps[part]) for part in errors}
     return {
         "equal": bool(errors) and all(errors[part] <= allowed[part] for part in errors),
         "errors": {part: rounded(error) for part, error in errors.items()},
