@@ -120,6 +120,35 @@ def test_a_body_takes_any_family(body, block):
     assert any(isinstance(module, BLOCKS[block]) for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "cifar_repvgg_b1",
+        "cifar_resnet18",
+        "resnet50",
+        "wide_resnet18_2",
+        "mobilenet_v1",
+        "repvgg_a1",
+    ],
+)
+def test_width_multiplies_all_widths(body):
+    def widths(model):
+        return [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    with torch.device("meta"):
+        whole = widths(BODIES[body](classes=7))
+        half = widths(build(body, "convbn", classes=7, in_channels=3, width=0.5))
+        named = widths(build(body, "convbn", classes=7, in_channels=3))
+    if body not in ("cifar_repvgg_b1", "repvgg_a1"):  # others are plain by default
+        assert named == whole
+    assert half == [channels // 2 for channels in named]
+
+
+def test_a_fixed_width_is_said():
+    with pytest.raises(ValueError, match=r"width \(=0.5\).*cifar_resnet56"):
+        build("cifar_resnet56", "convbn", classes=7, in_channels=3, width=0.5)
+
+
 def test_where_a_resnet_is_reparameterized():
     """DBB: 3x3 only. OREPA: everything but the shortcuts of basic blocks."""
     for body, block, families in (

@@ -65,14 +65,21 @@ BODIES = {
 BODY_VERSIONS: dict[str, int] = {}
 
 
-def build(body: str, block: str, *, classes: int, in_channels: int) -> nn.Module:
-    """A network by the names of its body and of its block.
+def build(
+    body: str, block: str, *, classes: int, in_channels: int, width: float = 1.0
+) -> nn.Module:
+    """A network by the names of its body and of its block; width multiplies all its widths.
 
-    Raises: ValueError for names that are not known.
+    Raises: ValueError for names that are not known, and where the widths of a body are fixed.
     """
     for name, value, known in (("body", body, BODIES), ("block", block, BLOCKS)):
         if value not in known:
             raise ValueError(f"{name} (={value!r}) must be one of {', '.join(known)}.")
     make = BODIES[body]
-    options = {"block": block} if "block" in inspect.signature(make).parameters else {}
+    known = inspect.signature(make).parameters
+    options: dict = {"block": block} if "block" in known else {}
+    if width != 1 and "width" not in known:
+        raise ValueError(f"width (={width}) must be 1: the widths of {body} are fixed.")
+    if width != 1:
+        options["width"] = width * known["width"].default
     return make(classes=classes, in_channels=in_channels, **options)

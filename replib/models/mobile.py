@@ -25,18 +25,22 @@ MOBILEONE = {  # factors on the widths 64, 128, 256, 512; branches; pairs with s
 MOBILEONE_DEPTHS = (2, 8, 10, 1)
 
 
-def mobilenet_v1(*, classes: int, block: str | None = "convbn", in_channels: int = 3) -> nn.Module:
-    """MobileNetV1: (N, in_channels, H, W) -> (N, classes).
+def mobilenet_v1(
+    *, classes: int, block: str | None = "convbn", in_channels: int = 3, width: float = 1.0
+) -> nn.Module:
+    """MobileNetV1: (N, in_channels, H, W) -> (N, classes); width is its paper's multiplier.
 
     Its pointwise layers are never re-parameterized (DBB's rule). block None: plain layers.
     """
     pointwise = None if block is None else "convbn"
-    channels, pairs = 32, nn.Sequential()
-    for width, stride in MOBILENET_V1:
+    first = channels = int(32 * width)
+    pairs = nn.Sequential()
+    for base, stride in MOBILENET_V1:
+        wide = int(base * width)
         depthwise = layer(block, channels, channels, 3, stride, groups=channels)
-        pairs.append(sequence(depthwise=depthwise, pointwise=layer(pointwise, channels, width, 1)))
-        channels = width
-    stem = layer(block, in_channels, 32, 3, 2)
+        pairs.append(sequence(depthwise=depthwise, pointwise=layer(pointwise, channels, wide, 1)))
+        channels = wide
+    stem = layer(block, in_channels, first, 3, 2)
     return sequence(conv1=stem, stem=pairs, **pooled(channels, classes))
 
 

@@ -35,11 +35,11 @@ REPVGG = {  # size, groups of every second layer, squeeze-excite
 REPOPT_VGG = ("b1", "b2", "l1", "l2")
 
 
-def widths(size: str) -> list[int]:
-    """The five widths; the first stage is never wider than 64."""
+def widths(size: str, width: float = 1.0) -> list[int]:
+    """The five widths; the first stage is never wider than 64. `width` multiplies them all."""
     factors = SIZES[size][1]
     wide = [int(base * f) for base, f in zip((64, 128, 256, 512), factors, strict=True)]
-    return [min(64, wide[0]), *wide]
+    return [int(width * channels) for channels in (min(64, wide[0]), *wide)]
 
 
 def stage(
@@ -75,26 +75,30 @@ def stage(
     return made
 
 
-def repvgg(name: str, *, classes: int, block: str = "repvgg", in_channels: int = 3) -> nn.Module:
+def repvgg(
+    name: str, *, classes: int, block: str = "repvgg", in_channels: int = 3, width: float = 1.0
+) -> nn.Module:
     """RepVGG a0 to b3, b1g2 to b3g4, d2se: (N, in_channels, H, W) -> (N, classes)."""
     size, groups, se = REPVGG[name]
-    return plain_stages(size, block, classes, in_channels, groups=groups, se=se)
+    return plain_stages(size, block, classes, in_channels, width, groups=groups, se=se)
 
 
 def repopt_vgg(
-    name: str, *, classes: int, block: str = "convbn", in_channels: int = 3
+    name: str, *, classes: int, block: str = "convbn", in_channels: int = 3, width: float = 1.0
 ) -> nn.Module:
     """RepOpt-VGG b1 b2 l1 l2: (N, in_channels, H, W) -> (N, classes).
 
     block "convbn" is the network that is trained with RepOptimizers, "csla" that of the search
     for their scales, which start at sqrt(2 / i) in layer i of a stage.
     """
-    return plain_stages(name, block, classes, in_channels)
+    return plain_stages(name, block, classes, in_channels, width)
 
 
-def plain_stages(size: str, block: str, classes: int, in_channels: int, **options) -> nn.Module:
+def plain_stages(
+    size: str, block: str, classes: int, in_channels: int, width: float = 1.0, **options
+) -> nn.Module:
     """One layer, four stages, a linear classifier."""
-    channels, indices = widths(size), count(1)
+    channels, indices = widths(size, width), count(1)
     options_of_first = {key: value for key, value in options.items() if key != "groups"}
     stages: dict[str, nn.Module] = {
         "stage0": layer(block, in_channels, channels[0], 3, 2, **options_of_first)
