@@ -95,6 +95,47 @@ def test_a_truncated_cache_is_not_used(tmp_path):
     assert load("imagefolder", str(root)).digest == before
 
 
+def test_tiny_imagenet_as_it_is_distributed(tmp_path):
+    """The same images, labels and digest as from a plain tree of the same images."""
+    plain = folder(tmp_path / "plain" / "images", classes=("n01", "n02", "n03"))
+    theirs = tmp_path / "theirs" / "images"
+    lines = []
+    for path in sorted((plain / "train").glob("*/*.png")):
+        target = theirs / "train" / path.parent.name / "images" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (theirs / "val" / "images").mkdir(parents=True)
+    for path in sorted((plain / "val").glob("*/*.png"), reverse=True):
+        name = f"val_{path.parent.name}_{path.name}"
+        (theirs / "val" / "images" / name).write_bytes(path.read_bytes())
+        lines.append(f"{name}\t{path.parent.name}\t0\t0\t62\t62\n")
+    annotations = theirs / "val" / "val_annotations.txt"
+    annotations.write_text("".join(lines))
+    ours, other = load("imagefolder", str(plain)), load("imagefolder", str(theirs))
+    assert other.classes == ours.classes == ("n01", "n02", "n03")
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(other, name), getattr(ours, name))
+    assert other.digest == ours.digest
+    for line, named in (("x.png\n", "line 10"), ("../x.png\tn01\n", "line 10")):
+        annotations.write_text("".join(lines) + line)
+        data.load.cache_clear()
+        with pytest.raises(UserError, match=named):
+            load("imagefolder", str(theirs))
+
+
+def test_the_first_classes_of_a_folder(tmp_path):
+    root = folder(tmp_path / "images", classes=("ant", "bee", "cow"))
+    two, all_three = (load("imagefolder", str(root), classes=n) for n in (2, 3))
+    assert two.classes == ("ant", "bee") and two.digest != all_three.digest
+    assert all_three.digest == load("imagefolder", str(root)).digest
+    kept = all_three.test_labels < 2
+    assert torch.equal(two.test_images, all_three.test_images[kept])
+    assert torch.equal(two.test_labels, all_three.test_labels[kept])
+    for wrong in (1, 4):
+        with pytest.raises(UserError, match=rf"classes \(={wrong}\) must be from 2 to 3"):
+            load("imagefolder", str(root), classes=wrong)
+
+
 def test_imagefolder_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="has no folder 'train'"):
         load("imagefolder", str(tmp_path / "absent"))

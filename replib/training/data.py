@@ -140,10 +140,11 @@ def load(
     image_size: int | None = None,
     image_resize: int | None = None,
     resident: bool | None = None,
+    classes: int | None = None,
 ) -> Dataset:
     """Load a data set of `DATA`; `folder` holds downloads, or is the image folder.
 
-    image_size, image_resize, resident: of an image folder only, see `load_imagefolder`.
+    image_size, image_resize, resident, classes: of an image folder only, see `load_imagefolder`.
     Raises: UserError for an unknown name, or a folder that is missing, empty or has a class with
     fewer than two images.
     """
@@ -154,7 +155,7 @@ def load(
     if name == "imagefolder":
         if folder is None:
             raise UserError("data_dir is missing: data=imagefolder needs the folder to read.")
-        return load_imagefolder(Path(folder), image_size, image_resize, resident)
+        return load_imagefolder(Path(folder), image_size, image_resize, resident, classes)
     raise UserError(f"data (={name!r}) must be one of {', '.join(DATA)}.")
 
 
@@ -207,9 +208,13 @@ def load_imagefolder(
     image_size: int | None = None,
     image_resize: int | None = None,
     resident: bool | None = None,
+    classes: int | None = None,
 ) -> Dataset:
     """A tree train/CLASS/*, val/CLASS/* (or test/) as squares of `image_size` pixels.
 
+    Tiny-ImageNet may lie there as it is distributed: train/CLASS/images/*, val/images/* and
+    val/val_annotations.txt.
+    classes: only so many of them, the first by name; None: all.
     image_size: None: the shorter side of the first image.
     image_resize: the shorter side before the centre crop; None: image_size, no more is cropped.
     resident: whether images are decoded into memory; None: up to RESIDENT_BYTES. The digests
@@ -224,10 +229,17 @@ def load_imagefolder(
                 "val/CLASS/* (or test/CLASS/*)."
             )
     parts = {part: listing(folder / part) for part in ("train", test)}
-    classes = sorted(parts["train"])
-    strange = sorted(set(parts[test]) - set(classes))
+    names = sorted(parts["train"])
+    strange = sorted(set(parts[test]) - set(names))
     if strange:
         raise UserError(f"{folder / test / strange[0]} is a class that train does not have.")
+    if classes is not None:
+        if not 2 <= classes <= len(names):
+            raise UserError(
+                f"classes (={classes}) must be from 2 to {len(names)}, the classes of {folder}."
+            )
+        names = names[:classes]
+        parts = {p: {c: f for c, f in found.items() if c in names} for p, found in parts.items()}
     size = image_size or natural_size(next(iter(parts["train"].values()))[0])
     if image_resize is not None and image_resize < size:
         raise UserError(
@@ -237,10 +249,10 @@ def load_imagefolder(
     if resident is None:
         total = sum(len(files) for part in parts.values() for files in part.values())
         resident = total * size * size * 3 <= RESIDENT_BYTES
-    images, hashed, text = [], [], "/".join(classes)
+    images, hashed, text = [], [], "/".join(names)
     for part in parts.values():
         files = [file for files in part.values() for file in files]
-        labels = np.repeat([classes.index(c) for c in part], [len(f) for f in part.values()])
+        labels = np.repeat([names.index(c) for c in part], [len(f) for f in part.values()])
         if resident:
             pixels = decoded(files, size, image_resize)
             images.append(torch.from_numpy(pixels))
@@ -255,15 +267,20 @@ def load_imagefolder(
     name = f"imagefolder:{folder.name}"
     labels = [torch.from_numpy(array) for array in hashed[1::2]]
     return Dataset(
-        name, images[0], labels[0], images[1], labels[1], tuple(classes),
+        name, images[0], labels[0], images[1], labels[1], tuple(names),
         *STATISTICS["imagefolder"], digest,
     )  # fmt: skip
 
 
 def listing(root: Path) -> dict[str, list[str]]:
     """The image files of every class folder, sorted by name."""
-    found = {}
-    for folder in sorted(path for path in root.resolve().iterdir() if path.is_dir()):
+    root, found = root.resolve(), {}
+    annotated = root / "val_annotations.txt"
+    if annotated.is_file() and (root / "images").is_dir():  # Tiny-ImageNet's validation images
+        return listed(annotated)
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        inner = folder / "images"  # its training images
+        folder = inner if inner.is_dir() else folder
         with os.scandir(folder) as entries:  # a Path for each of a million files takes seconds
             names = sorted(e.name for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES))
         files = [f"{folder}{os.sep}{name}" for name in names]
@@ -272,10 +289,21 @@ def listing(root: Path) -> dict[str, list[str]]:
                 f"{folder} has {len(files)} image{'s' * (len(files) != 1)}: every class needs at "
                 f"least 2 (files ending in {', '.join(IMAGE_SUFFIXES)})."
             )
-        found[folder.name] = files
+        found[folder.parent.name if folder is inner else folder.name] = files
     if len(found) < 2:
         raise UserError(f"{root} has {len(found)} class folders: at least 2 are needed.")
     return found
+
+
+def listed(annotations: Path) -> dict[str, list[str]]:
+    """The image files of every class, of a text of lines NAME<tab>CLASS<tab>..."""
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+        name, tab, rest = line.partition("\t")
+        if not tab or not name.lower().endswith(IMAGE_SUFFIXES) or Path(name).name != name:
+            raise UserError(f"{annotations}: line {number} names no image and its class.")
+        found.setdefault(rest.split("\t")[0], []).append(str(annotations.parent / "images" / name))
+    return {label: sorted(files) for label, files in sorted(found.items())}
 
 
 def natural_size(file: str) -> int:
