@@ -1,4 +1,14 @@
-"""Knowledge distillation as RepAn uses it (Hinton et al., 2015, section 2)."""
+"""Knowledge distillation as RepAn uses it (Hinton et al., 2015, section 2).
+
+In your own loop, with any teacher in eval mode:
+
+    with torch.no_grad():
+        taught = teacher(images)
+    loss = distillation_loss(model(images), taught, labels, alpha=0.9, temperature=10)
+
+`replib.training.known_logits` computes `taught` once for all epochs where images are not changed
+at random; `replib.experiments.teachers` says which teachers a table can name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +23,9 @@ def distillation_loss(
 ) -> Tensor:
     """alpha T^2 KL(softmax(t/T) || softmax(z/T)) + (1 - alpha) CE(z, y); logits (N, classes).
 
-    alpha weighs the teacher. KL is summed over classes and averaged over the batch.
+    labels: classes (N,), or probabilities (N, classes) where labels are smoothed or mixed. alpha
+    weighs the teacher. KL is summed over classes and averaged over the batch, natural logarithm.
+    T^2 keeps the size of its gradient; with T = 10 and alpha = 0.9 its loss counts 90 times.
     """
     divergence = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
