@@ -210,11 +210,14 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
 
 def publish(arguments: argparse.Namespace) -> None:
+    from replib.experiments import layers
     from replib.report.results import Results
 
     results = Results(arguments.table, arguments.profile, arguments.set)
     for key in results.own:
         results.store.publish(key)
+    if measured := layers.publish(results.store, arguments.table, arguments.profile):
+        print(measured)
     missing = len(results.plan.cells) - len(results.own)
     left = f"; {missing} cells have none on this machine" if missing else ""
     print(f"{len(results.own)} evidence files in {results.store.published}{left}.")

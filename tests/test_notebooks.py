@@ -11,7 +11,11 @@ from replib.__main__ import main
 from replib.blocks import BLOCKS
 from replib.report import notebooks, render
 
-PROOFS = sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb") if "-" in path.stem)
+PROOFS = sorted(  # notebooks that belong to no table
+    path.stem
+    for path in ROOT.glob("notebooks/*-*.ipynb")
+    if not (ROOT / "params" / path.stem).is_dir()
+)
 
 
 def shown(kind, content):

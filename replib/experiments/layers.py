@@ -1,0 +1,128 @@
+"""Scores of the layers of trained cells: a measurement that names the evidence it belongs to.
+
+    reports/runs/measurements/ID-PROFILE.json   of this machine's weights
+    reports/measurements/ID-PROFILE.json        published
+
+A network's accuracy is in its cell's evidence; what its weights say further is measured here, and
+counts only beside the evidence whose key and hash the measurement carries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from replib import machine
+from replib.analysis import layer_scores
+from replib.experiments.cells import Cell, Plan, columns, dataset, split_of, trained_model
+from replib.experiments.store import Store, home
+from replib.training import loader
+from replib.training.checkpoint import write_bytes
+from replib.training.evaluation import Normalise
+
+IMAGES = 2000  # of a cell's own training images, at most
+SETTINGS = {
+    "version": layer_scores.VERSION,
+    "images": IMAGES,
+    "of": "the cell's own training images, not augmented, in full batches of its size",
+    "weights": "those that the protocol selected",
+    "loss": "cross-entropy, batch statistics",
+}
+
+
+def path_of(store: Store, table: str, profile: str, published: bool = False) -> Path:
+    """The file of a profile's measurement."""
+    folder = store.published.parent if published else store.runs
+    return folder / "measurements" / f"{table}-{profile}.json"
+
+
+def cells_of(plan: Plan, rows: list[str], store: Store, published: bool = False) -> list[dict]:
+    """{row, seed, key, result_sha256} of the rows' cells that have evidence."""
+    found = []
+    for (row, seed), key in plan.by_row.items():
+        evidence = store.read(key, published) if row in rows else None
+        if evidence is not None:
+            cell = {"row": row, "seed": seed, "key": key}
+            found.append(cell | {"result_sha256": evidence["result_sha256"]})
+    return found
+
+
+def measure(plan: Plan, rows: list[str], store: Store, device: str = "cpu") -> dict:
+    """{"context", "settings", "cells", "scores"}: plain data, of every cell whose weights are here.
+
+    scores: a list per column: row, seed, and those of a record of `layer_scores`.
+    """
+    cells = [c for c in cells_of(plan, rows, store) if store.has_weights(c["key"])]
+    scores = []
+    for measured in cells:
+        planned = plan.cells[measured["key"]]
+        found = layer_scores.layer_scores(
+            trained_model(planned, store).to(device), batches(planned.cell, device), F.cross_entropy
+        )
+        for record in found:
+            record |= {name: float(f"{record[name]:.6g}") for name in layer_scores.SCORES}
+            scores.append({"row": measured["row"], "seed": measured["seed"]} | record)
+    where = machine.context(device, home())
+    return {"context": where, "settings": SETTINGS, "cells": cells, "scores": columns(scores)}
+
+
+def batches(cell: Cell, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of a cell, see `SETTINGS`."""
+    data = dataset(cell)
+    chunks = split_of(cell).train[:IMAGES].split(cell.batch_size)
+    if len(chunks) > 1 and len(chunks[-1]) < cell.batch_size:
+        chunks = chunks[:-1]  # its statistics would be those of few images
+    normalise = Normalise(data, device)
+    images = loader.batches(data.train_images, list(chunks), device)
+    for x, chunk in zip(images, chunks, strict=True):
+        yield normalise(x), data.train_labels[chunk].to(device)
+
+
+def own(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> dict | None:
+    """The measurement of this machine's weights, made where it is missing or of other weights.
+
+    None where there are none.
+    """
+    path = path_of(store, table, profile)
+    cells = [c for c in cells_of(plan, rows, store) if store.has_weights(c["key"])]
+    if not cells:
+        return None
+    known = read(path)
+    if known is None or (known["cells"], known["settings"]) != (cells, SETTINGS):
+        text = json.dumps(measure(plan, rows, store), sort_keys=True, separators=(",", ":"))
+        write_bytes(path, text.encode() + b"\n")
+        known = read(path)
+    return known
+
+
+def publish(store: Store, table: str, profile: str) -> Path | None:
+    """Copy this machine's measurement, if there is one, to the published ones."""
+    path = path_of(store, table, profile)
+    if not path.is_file():
+        return None
+    out = path_of(store, table, profile, published=True)
+    write_bytes(out, path.read_bytes())
+    return out
+
+
+def published(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> dict | None:
+    """The published measurement, where it is of the cells whose evidence is published."""
+    known = read(path_of(store, table, profile, published=True))
+    if known is None or known["settings"]["version"] != layer_scores.VERSION:
+        return None
+    there = cells_of(plan, rows, store, published=True)
+    return known if all(cell in there for cell in known["cells"]) else None
+
+
+def read(path: Path) -> dict | None:
+    """What was written there; None for no file, or any other one."""
+    try:
+        measurement = json.loads(path.read_bytes())
+        right = measurement["cells"] and {"row", "seed", "block"} <= measurement["scores"].keys()
+        return measurement if right and "version" in measurement["settings"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
