@@ -98,6 +98,8 @@ def network_commands(commands) -> None:
         )
         made.add_argument("--data-dir", metavar="FOLDER", help="where cifar10/100 lie (data/)")
         made.add_argument("--image-size", type=int, help="of an image folder (as they are)")
+        text = "shorter side before the centre crop to --image-size (no more than that is cut)"
+        made.add_argument("--image-resize", type=int, help=text)
         made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
         return made
 
@@ -376,7 +378,8 @@ def tool_options(arguments: argparse.Namespace) -> dict:
 
     batch = positive("--batch-size", arguments.batch_size)
     arguments.network.open("rb").close()  # a missing file is told before data are read
-    data = open_data(arguments.data, arguments.data_dir, arguments.image_size)
+    sizes = arguments.image_size, arguments.image_resize
+    data = open_data(arguments.data, arguments.data_dir, *sizes)
     return {"data": data, "arch": arguments.arch, "device": arguments.device, "batch": batch}
 
 

@@ -25,8 +25,8 @@ from replib import official
 from replib.branches import Convolution
 from replib.checkpoint import load_model, save_model
 from replib.errors import UserError
+from replib.experiments import teachers
 from replib.experiments.cells import (
-    KEY,
     Plan,
     Planned,
     adopt,
@@ -36,9 +36,10 @@ from replib.experiments.cells import (
     opened,
     split_of,
     trained_model,
+    with_teacher,
 )
 from replib.experiments.executor import device_here, run_plan
-from replib.experiments.params import Cell, apply_settings, in_one_line
+from replib.experiments.params import KEY, Cell, apply_settings, in_one_line
 from replib.experiments.store import Store
 from replib.fusing import deployed_copy, fold_norms
 from replib.models import BODIES, build
@@ -73,12 +74,16 @@ def named_data(data: str, folder: str | None) -> dict:
     return {"data": data} | ({"data_dir": str(Path(folder).absolute())} if folder else {})
 
 
-def open_data(data: str, folder: str | None, image_size: int | None) -> Dataset:
+def open_data(
+    data: str, folder: str | None, image_size: int | None, image_resize: int | None = None
+) -> Dataset:
     """The data set that the arguments name. Raises: UserError where it cannot be read."""
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size (={image_size}) must be at least 1.")
+    for name, value in (("size", image_size), ("resize", image_resize)):
+        if value is not None and value < 1:
+            raise UserError(f"--image-{name} (={value}) must be at least 1.")
     named = named_data(data, folder)
-    return opened(named["data"], named.get("data_dir"), image_size)
+    sizes = {"image_size": image_size, "image_resize": image_resize}
+    return opened(named["data"], named.get("data_dir"), **sizes)
 
 
 def is_ours(path: Path) -> bool:
@@ -198,13 +203,14 @@ def plan_of(values: dict, store: Store) -> Plan:
     Raises: UserError for keys, names and sizes that cannot be.
     """
     plan, start_path = Plan(), None
-    for role in ("start", "teacher"):
-        parent = values.get(role)
-        if isinstance(parent, str) and (role == "teacher" or KEY.fullmatch(parent)):
-            values = values | {role: adopt(plan, store, parent, values.get("data_dir"), role)}
-        elif isinstance(parent, str):
-            start_path = str(Path(parent).absolute())
-            values = values | {role: f"file:{file_digest(start_path)}"}
+    parent, teacher = values.get("start"), values.get("teacher")
+    if isinstance(parent, str) and KEY.fullmatch(parent):
+        values = values | {"start": adopt(plan, store, parent, values.get("data_dir"))}
+    elif isinstance(parent, str):
+        start_path = str(Path(parent).absolute())
+        values = values | {"start": f"file:{file_digest(start_path)}"}
+    if isinstance(teacher, str):
+        values = values | {"teacher": teachers.absolute(teacher)}
     try:
         cell = Cell.model_validate(values)
         with torch.device("meta"):  # shapes only: nothing is drawn or stored
@@ -220,8 +226,9 @@ def plan_of(values: dict, store: Store) -> Plan:
         images = cell.train_images or len(data.train_labels)
         cell = cell.model_copy(update={"held_out": max(1, images // 10)})
     split_of(cell)  # finds impossible sizes before anything is trained
+    cell, outside = with_teacher(cell, plan, store)
     key = key_of(cell, data.digest)
-    plan.cells[key] = Planned(key, cell, start_path, ("train",))
+    plan.cells[key] = Planned(key, cell, start_path, ("train",), **outside)
     plan.weights.add(key)
     return plan
 

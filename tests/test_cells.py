@@ -165,15 +165,25 @@ def test_a_new_key_at_its_default_changes_no_key():
                    crop_ratio=[0.5, 2.0], crop_interpolation="bicubic", policy="v0", cutmix=0.1,
                    policy_interpolation="bicubic", fill=[128], brightness=0.1, contrast=0.1,
                    saturation=0.1, hue=0.1, lighting=0.1, erasing=0.1, mix_each=True,
-                   label_smoothing=0.1, drop_last=True,
+                   label_smoothing=0.1, width=0.5, image_resize=9, classes=5, drop_last=True,
                    accumulate=2, learning_rate_decay=0.5, schedule="steps", rate_per="step",
                    minimum_rate=0.1, milestones=[1], milestone_factor=0.2, warmup_epochs=1,
                    warmup_steps=1, warmup_rate=0.1, warmup_per="epoch", warmup_counts=False,
                    late_steps=1, optimizer="adamw", betas=[0.8, 0.9], epsilon=0.1, ema=0.9,
-                   carry_momentum=True, bias_rate=2.0)  # fmt: skip
-    assert changes.keys() == ADDED
+                   carry_momentum=True, bias_rate=2.0, teacher_mean=[0.5],
+                   teacher_deviation=[0.5])  # fmt: skip
+    cycles = dict(blocks=["stages.0.*"], calibrate=True)
+    assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}
     assert len(keys | {key_of(cell, "d")}) == len(changes) + 1
+    turning = Cell.model_validate(CELL | {"seed": 0, "cycle": {"warmup": 2}})
+    first = turning.in_key["cycle"]
+    assert cycles.keys().isdisjoint(first)
+    for name, value in cycles.items():
+        changed = turning.model_copy(
+            update={"cycle": turning.cycle.model_copy(update={name: value})}
+        )
+        assert changed.in_key["cycle"] == first | {name: value}
 
 
 def test_an_augmented_cell_in_bfloat16(tmp_path, monkeypatch):

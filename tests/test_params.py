@@ -65,6 +65,26 @@ BAD_SETTINGS = {
     "half an interval": ("cell.crop_area=[0.5]", ["cell.crop_area (=[0.5])", "2 items"]),
     "an interval upside down": ("cell.crop_area=[1, 0.5]", ["crop_area", "least, most"]),
     "too much smoothing": ("cell.label_smoothing=2", ["cell.label_smoothing (=2)"]),
+    "no width": ("cell.width=0", ["cell.width (=0)", "greater than 0"]),
+    "the width of a body that has one": ("cell.width=2", ["width (=2.0)", "digits are fixed"]),
+    "a block that is not there": (
+        "recipes.cycles.cycle.blocks=[stem]",
+        ["blocks (='stem')", "stages.0.0.block"],
+    ),
+    "no variant": ("variants={}", ["variants", "at least 1"]),
+    "a variant without a name": ("variants={a: {}}", ["variants.a.label", "required"]),
+    "an unknown key of a variant": (
+        "variants={a: {label: A, body: digits}}",
+        ["variants.a.body (='digits')", "no such key", "recipes"],
+    ),
+    "an unknown key of a variant's cell": (
+        "variants={a: {label: A, cell: {bodi: digits}}}",
+        ["recipes.a.bodi (='digits')", "perhaps body is meant"],
+    ),
+    "a variant without its control": (
+        "variants={a: {label: A, rows: {control: null}}}",
+        ["rows.a_plain_long.as_long_as", "no row 'control'"],
+    ),
     "an unknown precision": ("cell.precision=float16", ["cell.precision", "bfloat16"]),
     "its own parent": ("rows.control.start=control", ["control -> control", "circle"]),
     "a circle": ("rows.repvgg.start=control", ["repvgg -> control -> repvgg", "circle"]),
@@ -185,6 +205,32 @@ def test_no_tag_is_executed(tag, tmp_path):
     path.write_text(f"title: {tag.format(tmp_path / 'made')}\n")
     assert "tag" in refusal(path, [])
     assert not (tmp_path / "made").exists()
+
+
+def test_variants_repeat_the_rows_on_other_networks():
+    settings = [
+        "variants.one={label: One, cell: {block: acb}}",
+        "variants.two={label: Two, recipes: {cycles: {phases: 2}}, rows: {redraw: null, "
+        "repvgg: {label: other}, plain: {set: {body: digits_wide}}}}",
+        "variants.three=",
+    ]
+    table, plain = load_table(QUICK, settings), load_table(QUICK)
+    assert table.controls == {"One": "one_control", "Two": "two_control"}
+    assert table.control == "one_control"
+    assert len(table.rows) == 2 * len(plain.rows) - 1 and "two_redraw" not in table.rows
+    for row in plain.rows:
+        expected = plain.cell_of(row, 3)
+        own = {} if "block" in plain.rows[row].set else {"block": "acb"}
+        assert table.cell_of(f"one_{row}", 3) == expected | own
+        spec, before = table.rows[f"one_{row}"], plain.rows[row]
+        assert (spec.variant, spec.label) == ("One", f"One: {before.label}")
+        for relation in ("start", "teacher", "against", "as_long_as"):
+            other = getattr(before, relation)
+            assert getattr(spec, relation) == (other and f"one_{other}")
+    assert table.rows["two_repvgg"].label == "Two: other"
+    assert table.cell_of("two_plain", 0)["body"] == "digits_wide"
+    assert table.cell_of("two_control", 0)["phases"] == 2
+    assert table.cell_of("one_control", 0)["phases"] == plain.cell_of("control", 0)["phases"]
 
 
 def test_a_missing_file():

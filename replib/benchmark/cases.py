@@ -346,7 +346,7 @@ CASES: dict[str, Case] = {
             "resnet18/orepa-full",
             "OREPA and DBB on ResNet-18 at 224x224, batch 64",
             resnet_orepa,
-            seconds(30, 150, 40),
+            seconds(30, 360, 40),
         ),
         Case(
             "share/resnet18",
@@ -383,14 +383,14 @@ CASES: dict[str, Case] = {
             "crossover",
             "OREPA and DBB on ResNet-18 over the batch, before and after",
             crossover,
-            seconds(60, 40, 25),
+            seconds(60, 120, 25),
         ),
         *(
             Case(
                 f"a1/{name}",
                 f"A training step of {A1} with {name} blocks",
                 partial(a1_other, name),
-                seconds(2, 5, 5),
+                seconds(2, 12, 5),
             )
             for name in SMALL
         ),
@@ -426,7 +426,7 @@ CASES: dict[str, Case] = {
                 f"resnet18/{name}",
                 f"A training step of ResNet-18 with {name} blocks",
                 partial(resnet_block, name),
-                seconds(8, 6, 6),
+                seconds(8, 12, 6),
             )
             for name in BLOCKS
         ),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 MIN_ROUNDS = 3  # fewer have no spread
 ROUND_SECONDS = 0.03  # what takes less is repeated within a round, and the mean is taken
-SHORT = 2.0
+SHORT, MORE = 6.0, 6  # seconds; within them there are up to so many times the rounds
 MIB = 2**20
 Action = Callable[[], object]
 
@@ -63,7 +63,7 @@ def alternate(
     """{name: seconds in every round}: each round runs every action, each time in another order.
 
     A first round warms up and is not counted. Where all is over within `SHORT` seconds there are
-    up to three times as many rounds. After `deadline`, on the clock of time.monotonic(), no round
+    up to `MORE` times as many rounds. After `deadline`, on the clock of time.monotonic(), no round
     begins but the first `MIN_ROUNDS`.
     """
     found: dict[str, list[float]] = {name: [] for name in actions}
@@ -78,7 +78,7 @@ def alternate(
             for name, seconds in once.items():
                 found[name].append(seconds)
         begin = time.monotonic()
-        while (done := len(found[names[0]])) < 3 * rounds:
+        while (done := len(found[names[0]])) < MORE * rounds:
             now = time.monotonic()
             if done >= rounds and now - begin > SHORT:
                 break

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import hashlib
-import re
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from replib import machine
 from replib.blocks import BLOCKS
 from replib.errors import UserError
-from replib.experiments.params import Cell, Table
+from replib.experiments import teachers
+from replib.experiments.params import KEY, Cell, Table
 from replib.experiments.store import Store, home, sha256
+from replib.experiments.weights import file_digest, fill, located, state_of
 from replib.fusing import deployed_copy
 from replib.methods import cycle, distill
 from replib.models import BODY_VERSIONS, build
-from replib.training import checkpoint, loop
+from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
-from replib.training.evaluation import Split, deployed_report
+from replib.training.evaluation import Split, accuracy, deployed_report
+from replib.training.known_logits import known_logits, left_over
 from replib.training.loop import Recipe, Task, fit
 from replib.training.optimisation import parameter_groups
 from replib.training.step import chosen
-
-KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,17 @@ class Planned:
     """A cell with its key and its parents' keys."""
 
     key: str
-    cell: Cell  # `start` and `teacher` are keys, or "file:DIGEST"
+    cell: Cell  # `start` and `teacher` are keys, or "NAME:DIGEST" of what is no cell
     start_path: str | None = None  # where `start` is a file
     rows: tuple[str, ...] = ()  # the rows of the table that it serves
+    taught_by: str | None = None  # where `teacher` is no cell: how the row names it
+    teacher_flops: int = 0  # of its forward pass on one image, then
 
     @property
     def parents(self) -> dict[str, str]:
         """role -> key of the cells that must be trained first."""
         roles = {"start": self.cell.start, "teacher": self.cell.teacher}
-        return {r: k for r, k in roles.items() if k is not None and not k.startswith("file:")}
+        return {role: key for role, key in roles.items() if key is not None and ":" not in key}
 
     @property
     def epochs(self) -> int:
@@ -114,16 +116,79 @@ def plan(table: Table, store: Store | None = None) -> Plan:
             elif spec.start is not None:
                 start_path = spec.start
                 values["start"] = f"file:{file_digest(start_path)}"
-            if spec.teacher is not None:
-                values["teacher"] = out.by_row[spec.teacher, seed]
-            cell = Cell.model_validate(values)
+            in_table = spec.teacher in table.rows
+            values["teacher"] = out.by_row[spec.teacher, seed] if in_table else spec.teacher
+            cell, outside = with_teacher(Cell.model_validate(values), out, store)
             split_of(cell)  # finds impossible sizes before anything is trained
             key = key_of(cell, dataset(cell).digest)
             known = out.cells.get(key)
             rows = (*(known.rows if known else ()), row)
-            out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)))
+            out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)), **outside)
             out.by_row[row, seed] = key
     return out
+
+
+def with_teacher(cell: Cell, out: Plan, store: Store) -> tuple[Cell, dict]:
+    """A cell whose teacher is named by what it is, with the normalisation that it wants, and what
+    `Planned` keeps of one that is no cell. A teacher by key is taken into the plan.
+
+    Raises: UserError where it cannot teach these data.
+    """
+    text, data = cell.teacher, dataset(cell)
+    if text is None:
+        return cell, {}
+    if KEY.fullmatch(text):
+        key = text if text in out.cells else adopt(out, store, text, cell.data_dir, "teacher")
+        learned = dataset(out.cells[key].cell)
+        for what, theirs, ours in (
+            ("classes", len(learned.classes), len(data.classes)),
+            ("channels", learned.in_channels, data.in_channels),
+        ):
+            if theirs != ours:
+                raise teachers.refused(text, f"it has {theirs} {what}, the data have {ours}")
+        name, mean, deviation, outside = key, learned.mean, learned.deviation, {}
+    else:
+        shapes = (image_shape(cell), tuple(data.test_images.shape[1:]))
+        taught = teachers.opened(text, classes=len(data.classes), shapes=shapes)
+        name, mean, deviation = taught.identity, taught.mean, taught.deviation
+        outside = {"taught_by": text, "teacher_flops": taught.flops}
+    if cell.teacher_mean is not None and len(cell.teacher_mean) not in (1, data.in_channels):
+        raise UserError(
+            f"teacher_mean (={cell.teacher_mean}) must be 1 number or {data.in_channels}, as many "
+            "as the images have channels."
+        )
+    changes: dict = {"teacher": name}
+    wants_another = mean is not None and (mean, deviation) != (data.mean, data.deviation)
+    if cell.teacher_mean is None and wants_another:
+        changes |= {"teacher_mean": list(mean), "teacher_deviation": list(deviation)}
+    return cell.model_copy(update=changes), outside
+
+
+def teacher_of(planned: Planned, plan_cells: dict[str, Planned], store: Store) -> nn.Module | None:
+    """The deployed teacher of a cell, behind the map to the inputs that it wants.
+
+    Raises: UserError where its weights are not here, or are others than the key was made of.
+    """
+    cell, data = planned.cell, dataset(planned.cell)
+    if cell.teacher is None:
+        return None
+    if cell.teacher in plan_cells:
+        network = deployed_copy(trained_model(plan_cells[cell.teacher], store))
+    elif planned.taught_by is None:
+        raise UserError(
+            f"cell {planned.key[:16]} has to be trained again and learns from {cell.teacher}: run "
+            "the table that it is of."
+        )
+    else:
+        shapes = (image_shape(cell), tuple(data.test_images.shape[1:]))
+        taught = teachers.opened(planned.taught_by, classes=len(data.classes), shapes=shapes)
+        if taught.identity != cell.teacher:
+            raise teachers.refused(planned.taught_by, "it has changed since the run was planned")
+        network = copy.deepcopy(taught.network)  # which is kept for the next cell
+    if cell.teacher_mean is not None:
+        given, wanted = (data.mean, data.deviation), (cell.teacher_mean, cell.teacher_deviation)
+        network = teachers.Restandardised(network, given, wanted)
+    return network.eval().requires_grad_(False)
 
 
 def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "start") -> str:
@@ -146,32 +211,17 @@ def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "
     return result["key"]
 
 
-def file_digest(path: str) -> str:
-    """SHA-256 of a checkpoint file: part of the key of cells that start from it."""
-    try:
-        return hashlib.sha256(Path(located(path)).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"start (={path!r}) is neither a row of this table, nor the key of a cell, nor a file "
-            f"that can be read ({error.strerror})."
-        ) from None
-
-
-def located(path: str | None) -> str | None:
-    """A path of a parameter: relative ones are meant from the project's folder."""
-    return None if path is None else str(home() / Path(path).expanduser())
-
-
 def dataset(cell: Cell) -> Dataset:
     """The data of a cell."""
-    return opened(cell.data, cell.data_dir, cell.image_size)
+    names = "image_size", "image_resize", "classes"
+    return opened(cell.data, cell.data_dir, **{name: getattr(cell, name) for name in names})
 
 
-def opened(name: str, folder: str | None = None, image_size: int | None = None) -> Dataset:
-    """A data set; downloads are kept in the project's folder."""
+def opened(name: str, folder: str | None = None, **options: int | None) -> Dataset:
+    """A data set; downloads are kept in the project's folder. options: of an image folder."""
     if folder is None and name.startswith("cifar"):
         folder = "data"
-    return load(name, located(folder), image_size)
+    return load(name, located(folder), **options)
 
 
 def split_of(cell: Cell) -> Splits:
@@ -191,7 +241,8 @@ def new_model(cell: Cell) -> nn.Module:
     data = dataset(cell)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(cell.seed, "initialisation"))
-        return build(cell.body, cell.block, classes=len(data.classes), in_channels=data.in_channels)
+        shape = {"classes": len(data.classes), "in_channels": data.in_channels}
+        return build(cell.body, cell.block, width=cell.width, **shape)
 
 
 def trained_model(planned: Planned, store: Store) -> nn.Module:
@@ -223,27 +274,13 @@ def load_start(model: nn.Module, cell: Cell, path: str) -> None:
     Raises: UserError where it is damaged, or of another network.
     """
     try:
-        if (own := checkpoint.load(Path(located(path)))) is not None:
-            model.load_state_dict(own["model"])
-    except checkpoint.Foreign:
-        from replib import official
-        from replib.checkpoint import load_model
-
-        arch = "repan_" + cell.body.removeprefix("cifar_")
-        try:
-            ours = path.endswith(".safetensors")
-            theirs = load_model(located(path)) if ours else official.load_model(located(path), arch)
-            model.load_state_dict(theirs.state_dict())
-        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
-            raise unfit(path, cell, error) from None
-    except (checkpoint.BadCheckpoint, RuntimeError, KeyError) as error:
-        raise unfit(path, cell, error) from None
-
-
-def unfit(path: str, cell: Cell, error: Exception) -> UserError:
-    """A checkpoint that this network cannot start from, in one line."""
-    text = " ".join(str(error).split())
-    return UserError(f"start (={path!r}) is no checkpoint of {cell.body}: {text[:300]}")
+        state = state_of(located(path), cell.body, model)
+        fill(model, state, classes=len(dataset(cell).classes))
+    except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"start (={path!r}) is no checkpoint of {cell.body}: {text[:300]}"
+        ) from None
 
 
 def run_cell(
@@ -273,10 +310,9 @@ def run_cell(
         load_start(model, cell, planned.start_path)
     elif cell.start is not None:
         model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
-    teacher = None
-    if cell.teacher is not None:
-        teacher = deployed_copy(trained_model(plan_cells[cell.teacher], store))
-        teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    teacher = teacher_of(planned, plan_cells, store)
+    if teacher is not None:
+        teacher = teacher.to(device, memory_format=torch.channels_last)
     method, recipe = cycle_of(cell, model), recipe_of(cell)
     task = Task(
         model=model,
@@ -301,12 +337,31 @@ def run_cell(
     resume, problem = store.load(key, "checkpoint")
     if problem:
         say(problem)
-    spent = resume["seconds"] if resume else 0.0
+    spent, asked = (resume["seconds"], resume.get("asked", 0)) if resume else (0.0, 0)
+    images = recipe.images(len(splits.train))  # of an epoch
+    batch = min(cell.batch_size, len(splits.train))
+    part = math.ceil(batch / recipe.accumulate)
+    if teacher is not None:
+        task.known, passes = known_logits(
+            teacher,
+            data,
+            splits.train,
+            recipe.augmentation,
+            batch=part,
+            epochs=planned.epochs,
+            precision=cell.precision,
+            seed=cell.seed,
+            device=device,
+            decoders=decoders,
+            say=say,
+        )
+        asked += passes
     if resume:
         tick(len(resume["progress"]["history"]))  # so that the bar begins where the run goes on
 
     def keep(state: dict) -> None:
-        store.save(key, "checkpoint", state | {"seconds": spent + time.monotonic() - started})
+        seconds = spent + time.monotonic() - started
+        store.save(key, "checkpoint", state | {"seconds": seconds, "asked": asked})
 
     progress = fit(
         task,
@@ -318,11 +373,12 @@ def run_cell(
     )
     model.load_state_dict(progress.best["weights"])
     flops, teacher_flops = loop.training_flops(task)
-    images = planned.epochs * recipe.images(len(splits.train))
+    seen = planned.epochs * images
+    asked += planned.epochs * (left_over(images, batch, part) if task.known is not None else images)
     selected = progress.history[progress.best["index"]]
     result = {
         "key": key,
-        "parameters": cell.model_dump(exclude={"data_dir"}),
+        "parameters": cell.in_key,
         "data": {"name": data.name, "digest": data.digest, "test_images": len(data.test_labels)},
         "versions": versions_of(cell),
         "images": {"train": len(splits.train), "held_out": len(splits.validation)},
@@ -340,13 +396,31 @@ def run_cell(
         "deployed": deployed_report(model, Split.test(data, device)),
         "compute": {
             "epochs": planned.epochs,
-            "training_flops": flops * images,
-            "teacher_flops": teacher_flops * images,
+            "training_flops": flops * seen,
+            "teacher_flops": teacher_flops * seen,  # of one that is asked at every step
         },
     }
+    how = {}
+    if teacher is not None:
+        result["teacher"] = teacher_report(planned, plan_cells, teacher, Split.test(data, device))
+        known = "asked at every step" if task.known is None else "computed once"
+        how = {"teacher": {"logits": known, "flops": teacher_flops * asked}}
     store.save(key, "weights", {"model": progress.best["weights"]})
     seconds = spent + time.monotonic() - started
-    store.write(key, result, context(device, seconds, cell.precision, task.compile))
+    store.write(key, result, context(device, seconds, cell.precision, task.compile) | how)
+
+
+def teacher_report(
+    planned: Planned, plan_cells: dict[str, Planned], teacher: nn.Module, test: Split
+) -> dict:
+    """Which teacher it was, and how good it is by itself, deployed and in float32."""
+    name, _, digest = planned.cell.teacher.rpartition(":")
+    return {
+        "name": name or plan_cells[planned.cell.teacher].cell.body,
+        "digest": digest,  # of its weights; the key of a cell of ours
+        "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
+        "test_accuracy": accuracy(teacher, test),
+    }
 
 
 def cost_of(planned: Planned, plan_cells: dict[str, Planned]) -> float:
@@ -356,21 +430,30 @@ def cost_of(planned: Planned, plan_cells: dict[str, Planned]) -> float:
     flops = 3 * forward_flops(*network_of(cell))
     if cell.teacher in plan_cells:
         flops += forward_flops(*network_of(plan_cells[cell.teacher].cell))
+    flops += planned.teacher_flops
     return flops * planned.epochs * len(split_of(cell).train)
 
 
 def network_of(cell: Cell) -> tuple:
     """What `forward_flops` needs to know of a cell."""
     data = dataset(cell)
+    return cell.body, cell.block, cell.width, len(data.classes), image_shape(cell)
+
+
+def image_shape(cell: Cell) -> tuple[int, int, int]:
+    """(C, H, W) of what a network is trained on."""
+    data = dataset(cell)
     sides = (cell.resized_crop,) * 2 if cell.resized_crop else tuple(data.train_images.shape[-2:])
-    return cell.body, cell.block, len(data.classes), (data.in_channels, *sides)
+    return data.in_channels, *sides
 
 
 @functools.lru_cache
-def forward_flops(body: str, block: str, classes: int, shape: tuple[int, int, int]) -> int:
+def forward_flops(
+    body: str, block: str, width: float, classes: int, shape: tuple[int, int, int]
+) -> int:
     """FLOPs of the training form's forward pass on one image of `shape` (C, H, W)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
-        model = build(body, block, classes=classes, in_channels=shape[0])
+        model = build(body, block, classes=classes, in_channels=shape[0], width=width)
         model(torch.empty(2, *shape))
     return counter.get_total_flops() // 2
 
@@ -394,14 +477,17 @@ def recipe_of(cell: Cell) -> Recipe:
     )
 
 
-def loss_of(cell: Cell, teacher: nn.Module | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(logits, labels, inputs) -> loss: cross-entropy, or distillation from the teacher."""
+def loss_of(cell: Cell, teacher: nn.Module | None) -> Callable[..., Tensor]:
+    """(logits, labels, inputs) -> loss: cross-entropy, or distillation from the teacher, which is
+    asked where its logits are not given as a fourth argument."""
     if teacher is None:
         return lambda logits, labels, inputs: F.cross_entropy(logits, labels)
 
-    def distilled(logits: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+    def distilled(
+        logits: Tensor, labels: Tensor, inputs: Tensor, known: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
-            taught = teacher(inputs)
+            taught = teacher(inputs) if known is None else known
         return distill.distillation_loss(
             logits,
             taught,

@@ -1,8 +1,8 @@
 """Parameters: what a cell (one training run) is, and what a table of cells is.
 
 A table is a YAML file: recipes are named groups of cell parameters, a row names the recipes it
-uses and the rows it starts from, and `seeds` makes every row into one cell per seed. A profile may
-`extends: OTHER.yaml` and state only what differs.
+uses and the rows it starts from, and `seeds` makes every row into one cell per seed. `variants`
+repeat all rows on other networks. A profile may `extends: OTHER.yaml` and state only what differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
-from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE
+from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE, Cycle
 from replib.models import BODIES, build
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
@@ -33,6 +33,8 @@ Count = Annotated[int, Field(ge=0, le=2**31)]
 Pixels = Annotated[int, Field(ge=0, le=100)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Above = Annotated[float, Field(gt=0, le=100)]
+Channels = Annotated[list[float], Field(min_length=1, max_length=3)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
 Restructure, Freeze = Literal[tuple(RESTRUCTURE)], Literal[tuple(FREEZE)]
@@ -55,6 +57,8 @@ class CycleParams(Strict):
     freeze: Freeze = "none"
     norm: Literal["keep", "unit", "reset", "match"] | None = None
     reseed: bool = False  # every cycle repeats the same order and the same redraw, as released
+    blocks: Annotated[list[str], Field(min_length=1)] | None = None  # names, patterns; None: all
+    calibrate: bool = False  # measure running statistics anew after the restore
 
 
 class DistillParams(Strict):
@@ -69,13 +73,16 @@ class Cell(Strict):
 
     data: Data
     data_dir: str | None = None  # where the data lie: not part of the key, their digest is
-    image_size: Positive | None = None
+    image_size: Positive | None = None  # pixels of a side, after the centre crop of testing
+    image_resize: Positive | None = None  # the shorter side before that crop (224 of 256, say)
+    classes: Positive | None = None  # of an image folder: the first ones by name; None: all
     train_images: Positive | None = None  # drawn anew for every seed; None: all
     held_out: Count = 0  # of these, images that select the checkpoint (clean protocol)
     protocol: Literal["clean", "paper"] = "clean"
     seed: Count
     body: Body
     block: Block = "repvgg"
+    width: Annotated[float, Field(gt=0, le=16)] = 1.0  # multiplies all widths of the body
     phases: Positive = 1
     epochs: Positive  # of one phase
     batch_size: Positive = 128
@@ -134,13 +141,17 @@ class Cell(Strict):
     cycle: CycleParams | None = None
     distill: DistillParams | None = None
     start: str | None = None  # key of a parent cell, or path of a checkpoint
-    teacher: str | None = None  # key of a parent cell
+    teacher: str | None = None  # key of a parent cell, or "NAME:DIGEST" of one from outside
+    # What the teacher's inputs are standardised by; None: as it says itself, else as the data.
+    teacher_mean: Channels | None = None
+    teacher_deviation: Annotated[list[Above], Field(min_length=1, max_length=3)] | None = None
 
     @model_validator(mode="after")
     def consistent(self):
         """Rules between keys."""
-        if self.image_size is not None and self.data != "imagefolder":
-            raise ValueError(f"image_size (={self.image_size}) is for data=imagefolder only")
+        for name in ("image_size", "image_resize", "classes"):
+            if getattr(self, name) is not None and self.data != "imagefolder":
+                raise ValueError(f"{name} (={getattr(self, name)}) is for data=imagefolder only")
         try:
             self.augmentation()
             self.rate_schedule()
@@ -149,6 +160,14 @@ class Cell(Strict):
         self.optimisation_is_consistent()
         if (self.distill is None) != (self.teacher is None):
             raise ValueError("distill and teacher must be given together")
+        mean, deviation = self.teacher_mean, self.teacher_deviation
+        if (mean is None) != (deviation is None) or len(mean or ()) != len(deviation or ()):
+            raise ValueError(
+                f"teacher_mean (={mean}) and teacher_deviation (={deviation}) must be given "
+                "together, a number for each channel"
+            )
+        if mean is not None and self.teacher is None:
+            raise ValueError(f"teacher_mean (={mean}) needs a teacher")
         if self.cycle is not None and self.cycle.freeze != "none":
             if self.cycle.warmup >= self.epochs:
                 raise ValueError(
@@ -218,23 +237,28 @@ class Cell(Strict):
     def in_key(self) -> dict[str, Any]:
         """The parameters that its key is made of. Keys that were added since the first evidence
         enter it only where they are set, so that the key of no older cell changes."""
-        first = self.model_dump(exclude={"data_dir"})
-        return {
-            name: value
-            for name, value in first.items()
-            if name not in ADDED or value != Cell.model_fields[name].default
-        }
+        return {name: value for name, value in stated(self).items() if name != "data_dir"}
+
+
+def stated(params: Strict, prefix: str = "") -> dict[str, Any]:
+    """Parameters as plain data, without those of `ADDED` that are at their default."""
+    return {
+        name: stated(value, f"{prefix}{name}.") if isinstance(value, Strict) else value
+        for name, value in params
+        if prefix + name not in ADDED or value != type(params).model_fields[name].default
+    }
 
 
 # Keys that cells did not have at first. A new key goes here, with a default that changes nothing.
 ADDED = {
+    "cycle.blocks", "cycle.calibrate", "width", "image_resize", "classes",
     "precision", "resized_crop", "crop_area", "crop_ratio", "crop_interpolation", "policy",
     "policy_interpolation", "fill", "brightness", "contrast", "saturation", "hue", "lighting",
     "erasing", "cutout", "mixup", "cutmix", "mix_each", "label_smoothing",
     "drop_last", "accumulate", "learning_rate_decay", "schedule", "rate_per", "minimum_rate",
     "milestones", "milestone_factor", "warmup_epochs", "warmup_steps", "warmup_rate", "warmup_per",
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
-    "ema",
+    "ema", "teacher_mean", "teacher_deviation",
 }  # fmt: skip
 
 
@@ -254,6 +278,12 @@ def fragment(model: type[Strict]) -> type[Strict]:
 
 GIVEN = ("seed", "start", "teacher")  # of a cell: set by `seeds` and by the row, nowhere else
 Fragment = fragment(Cell)
+KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
+
+
+def could_be_row(text: str) -> bool:
+    """Whether a parent that no row has is a slip of the pen, not a key or a path."""
+    return text.isidentifier() and not KEY.fullmatch(text)
 
 
 class Row(Strict):
@@ -262,12 +292,26 @@ class Row(Strict):
     label: str
     use: list[str] = []
     set: dict[str, Any] = {}  # cell parameters of this row alone
-    start: str | None = None  # a row, or the path of a checkpoint
-    teacher: str | None = None
+    start: str | None = None  # a row, the key of a finished cell, or the path of a checkpoint
+    teacher: str | None = None  # a row, a key, or what replib.experiments.teachers opens
     against: str | None = None  # the row that its gain is taken over
     as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
     published_gain: float | None = None  # the paper's gain in points, established ones only
     hidden: bool = False  # trained for others (a teacher, a parent), not a row on the page
+    variant: str | None = None  # the variant that it belongs to
+
+
+class Variant(Strict):
+    """All rows of a table once more, on another network: what is different there."""
+
+    label: str
+    cell: dict[str, Any] = {}
+    recipes: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any] | None] = {}  # null leaves a row out
+
+
+class Variants(Strict):
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
 
 
 class Claim(Strict):
@@ -287,6 +331,8 @@ class Table(Strict):
     notes: list[str] = []
     proxy: str | None = None  # why no result of this profile says anything about the paper's
     control: str  # the row that gains are taken over by default
+    controls: dict[str, str] = {}  # and those of its variants
+    variants: dict[str, Variant] | None = None
     seeds: Annotated[list[Count], Field(min_length=1)]
     cell: dict[str, Any]
     recipes: dict[str, dict[str, Any]] = {}
@@ -309,14 +355,18 @@ class Table(Strict):
                         f"{', '.join(self.recipes)}"
                     )
             for key in ("teacher", "against", "as_long_as"):
-                if getattr(row, key) is not None and getattr(row, key) not in self.rows:
+                other = getattr(row, key)
+                outside = key == "teacher" and other is not None and not could_be_row(other)
+                if other is not None and other not in self.rows and not outside:
                     raise ValueError(
                         f"rows.{name}.{key}: no row {getattr(row, key)!r}; there are "
                         f"{', '.join(self.rows)}"
                     )
-        if self.control not in self.rows:
-            raise ValueError(f"control: no row {self.control!r}; there are {', '.join(self.rows)}")
-        for name in {self.control, *(row.against for row in self.rows.values() if row.against)}:
+        for control in (self.control, *self.controls.values()):
+            if control not in self.rows:
+                raise ValueError(f"control: no row {control!r}; there are {', '.join(self.rows)}")
+        compared = {row.against for row in self.rows.values() if row.against}
+        for name in {self.control, *self.controls.values(), *compared}:
             if self.rows[name].hidden:
                 raise ValueError(f"rows.{name} is hidden: gains cannot be taken over it")
         for name in self.rows:
@@ -464,7 +514,13 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         model: Any = Fragment if error.title == "Cell" else Table
-        nested = {"rows": Row, "claims": Claim, "cycle": CycleParams, "distill": DistillParams}
+        nested = {
+            "rows": Row,
+            "claims": Claim,
+            "variants": Variant,
+            "cycle": CycleParams,
+            "distill": DistillParams,
+        }
         for part in loc[:-1]:
             model = nested.get(part, model)
         near = get_close_matches(loc[-1], model.model_fields, n=1)
@@ -488,6 +544,48 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def with_variants(values: dict) -> dict:
+    """The values of a table in which every variant has rows and recipes of its own.
+
+    Row `control` of variant `a1` becomes `a1_control`; it uses recipe `a1`, the variant's cell,
+    before its own ones. Raises: ValidationError.
+    """
+    if (variants := values.get("variants")) is None:
+        return values
+    if isinstance(variants, dict):  # a variant set to null is left out
+        variants = {name: value for name, value in variants.items() if value is not None}
+        values = values | {"variants": variants}
+    found = Variants.model_validate({"variants": variants}).variants
+    shared_rows, shared_recipes = values.get("rows"), values.get("recipes", {})
+    if not (isinstance(shared_rows, dict) and isinstance(shared_recipes, dict)):
+        return values  # the table says what is wrong
+    rows, recipes, controls = {}, {}, {}
+    for name, variant in found.items():
+
+        def own(other: object, name: str = name) -> str:
+            return f"{name}_{other}"
+
+        recipes[name] = variant.cell
+        recipes |= {own(k): v for k, v in merged(shared_recipes, variant.recipes).items()}
+        here = merged(shared_rows, variant.rows)
+        here = {row: spec for row, spec in here.items() if spec is not None}
+        for row, spec in here.items():
+            if isinstance(spec, dict):
+                used = spec.get("use", [])
+                relations = {
+                    key: own(spec[key])
+                    for key in ("start", "teacher", "against", "as_long_as")
+                    if isinstance(spec.get(key), str) and spec[key] in here
+                }
+                spec = spec | relations | {"variant": variant.label}
+                spec["label"] = f"{variant.label}: {spec.get('label', row)}"
+                spec["use"] = [name, *map(own, used)] if isinstance(used, list) else used
+            rows[own(row)] = spec
+        controls[variant.label] = own(values.get("control"))
+    first = next(iter(controls.values()))
+    return values | {"rows": rows, "recipes": recipes, "controls": controls, "control": first}
+
+
 def load_table(path: Path, settings: list[str] = ()) -> Table:
     """Read, change and check one profile; every cell of it is checked too.
 
@@ -499,6 +597,7 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
         rows = values.get("rows")
         if isinstance(rows, dict):  # a row set to null is left out
             values["rows"] = {name: row for name, row in rows.items() if row is not None}
+        values = with_variants(values)
         table = Table.model_validate(values)
     except ValidationError as error:
         raise in_one_line(error, where) from None
@@ -525,7 +624,7 @@ def check_row(table: Table, row: str, where: str) -> None:
         raise in_one_line(error, f"{where}, row {row}") from None
     if spec.start in table.rows:
         parent = table.cell_of(spec.start, table.seeds[0])
-        for key in ("data", "body", "block"):
+        for key in ("data", "body", "block", "width"):
             if (theirs := parent.get(key, Cell.model_fields[key].default)) != getattr(cell, key):
                 raise UserError(
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
@@ -533,7 +632,9 @@ def check_row(table: Table, row: str, where: str) -> None:
                 )
     try:
         with torch.device("meta"):  # shapes only: nothing is drawn or stored
-            build(cell.body, cell.block, classes=10, in_channels=3)
+            model = build(cell.body, cell.block, classes=10, in_channels=3, width=cell.width)
+            if cell.cycle is not None:
+                Cycle(model, warmup=cell.cycle.warmup, blocks=cell.cycle.blocks)
     except ValueError as error:
         raise UserError(
             f"{where}, row {row}: body={cell.body}, block={cell.block}: {error}"

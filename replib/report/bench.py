@@ -309,15 +309,38 @@ def missed_profiles(measurement: dict) -> str:
             cases |= dict.fromkeys(own or target.cases)
     parts = []
     for case in cases:
-        for way, rows in measurement["cases"][case]["result"].get("profiles", {}).items():
+        result = measurement["cases"][case]["result"]
+        for way, rows in result.get("profiles", {}).items():
             lines = [
                 [escape(r["operator"]), *(shown(r[k]) for k in ("calls", "milliseconds", "share"))]
                 for r in rows
             ]
             header = ["operator", "calls", "milliseconds", "share of the time"]
             table = table_html(header, lines, "numbers")
-            parts.append(f"<details open><summary>{escape(way)}</summary>{table}</details>")
+            said = f"<p>{escape(limit(result, way))}</p>"
+            parts.append(f"<details open><summary>{escape(way)}</summary>{said}{table}</details>")
     return "".join(parts)
+
+
+def limit(result: dict, way: str) -> str:
+    """In words: how much faster than the first way this one could be, if all of its operators but
+    convolutions and matrix products cost nothing."""
+    first, *_ = result["ways"]
+    times = {w["way"]: w["milliseconds"]["median"] for w in result["ways"] if "milliseconds" in w}
+    products = ("conv", "mm")
+    share = sum(
+        row["share"]
+        for row in result["profiles"][way]
+        if any(p in row["operator"] for p in products)
+    )
+    if way not in times or first["way"] not in times or not share:
+        return ""
+    least = share * times[way]
+    return (
+        f"Convolutions and matrix products take {shown(least)} of {shown(times[way])} ms. Were "
+        f"all else free, this would be {shown(times[first['way']] / least)} times as fast as "
+        f"{first['way']} ({shown(times[first['way']])} ms): the limit without faster convolutions."
+    )
 
 
 def unfinished(measurement: dict) -> str:

@@ -129,7 +129,7 @@ def gains(results: Results, published: bool | None = None) -> Figure | None:
             label = None
     axis.axvline(0, color=INK, lw=1)
     names = [
-        name(results, row) + ("" if results.against(row) == results.table.control else " *")
+        name(results, row) + ("" if results.against(row) == results.control(row) else " *")
         for row in reversed(rows)
     ]
     axis.set_yticks(range(len(rows)), names)

@@ -6,6 +6,7 @@ import html
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -106,26 +107,35 @@ class Page:
         return HTML("".join(parts))
 
     def block(self) -> HTML:
-        """The block of this table, as it is trained and as it is deployed."""
-        found = self.example(RepBlock | RepMLP, trained=False)
-        return HTML(before_after(found[1]) if found else NO_BLOCK)
+        """The blocks of this table, as they are trained and as they are deployed."""
+        found = [self.example(family, RepBlock | RepMLP, False) for family in self.families]
+        return HTML("".join(before_after(pair[1]) for pair in found if pair) or NO_BLOCK)
 
     def kernels(self) -> HTML:
         """The kernels that a block of this table merges: trained ones, where they are here."""
-        found = self.example(RepBlock, trained=True) or self.example(RepBlock, trained=False)
-        if not found:
-            return HTML(NO_BLOCK)
-        said, block = found
-        return HTML(f"{kernel_picture(block)}<p><small>{escape(said)}</small></p>")
+        parts = []
+        for family in self.families:
+            found = self.example(family, RepBlock, True) or self.example(family, RepBlock, False)
+            if found:
+                said, block = found
+                parts.append(f"{kernel_picture(block)}<p><small>{escape(said)}</small></p>")
+        return HTML("".join(parts) or NO_BLOCK)
 
-    def example(self, kind: UnionType | type, trained: bool) -> tuple[str, nn.Module] | None:
-        """A block of a network of this table, and in words which one it is; None without any.
+    @property
+    def families(self) -> list[str]:
+        """The families of blocks that rows of this table are made of, plain ones apart."""
+        cells = (planned.cell for planned in self.results.plan.cells.values() if planned.rows)
+        return [name for name in dict.fromkeys(c.block for c in cells) if name != "convbn"]
+
+    def example(
+        self, family: str, kind: UnionType | type, trained: bool
+    ) -> tuple[str, nn.Module] | None:
+        """A block of a family in a network of this table, and in words which one; or None.
 
         The one with the most branches, in the first row and seed that has any: with the weights
         that are on this machine, or as initialised.
         """
         cells, bodies = self.results.plan.cells.values(), set()
-        family = self.table.cell.get("block", next(iter(cells)).cell.block)
         for planned in cells:
             cell = planned.cell
             if cell.block != family or (cell.body in bodies and not trained):
@@ -196,6 +206,7 @@ class Page:
         frame = results.frame(source)
         header = [
             "",
+            "network",
             "deployed parameters",
             "deployed FLOPs",
             "epochs",
@@ -210,6 +221,7 @@ class Page:
             lines.append(
                 [
                     f"<b>{escape(values['label'])}</b>",
+                    f"<small>{escape(self.network(row))}</small>",
                     number(none_if_nan(values["deployed_parameters"])),
                     number(none_if_nan(values["deployed_flops"])),
                     number(cost[0].epochs or None),
@@ -236,6 +248,12 @@ class Page:
         )
         return HTML(table_html(header, lines, "numbers") + note)
 
+    def network(self, row: str) -> str:
+        """The body, its width and its blocks, as the parameters name them."""
+        cell = self.results.plan.cells[self.results.plan.by_row[row, self.table.seeds[0]]].cell
+        width = "" if cell.width == 1 else f", width × {cell.width:g}"
+        return f"{cell.body}{width}, {cell.block}"
+
     def said(self) -> HTML:
         """What may be said: our own statement for every row, and the rule of the verdict."""
         items = []
@@ -247,8 +265,24 @@ class Page:
             return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
         if self.results.fallback:
             items.insert(0, "<li>Published results; nothing was run on this machine.</li>")
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.table.notes)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in [*self.table.notes, *self.kept])
         return HTML(f"<ul>{''.join(items)}</ul><p><b>Notes.</b></p><ul>{notes}</ul>")
+
+    @property
+    def kept(self) -> list[str]:
+        """In words: which blocks the cycles left as they are, and why, counted."""
+        results, counts = self.results, Counter()
+        for row in results.rows:
+            for evidence in list(results.evidence(row, results.fallback).values())[:1]:
+                for reason in evidence["result"]["kept_blocks"].values():
+                    counts[self.table.rows[row].label, reason] += 1
+        said: dict[tuple[str, int], list[str]] = {}
+        for (label, reason), count in counts.items():
+            said.setdefault((reason, count), []).append(label)
+        return [
+            f"Blocks that the cycle leaves as they are: {count} ({reason}), in {', '.join(labels)}."
+            for (reason, count), labels in said.items()
+        ]
 
     def provenance(self) -> HTML:
         """Where every number comes from, and the command to repeat it."""

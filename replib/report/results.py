@@ -7,12 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
 from replib.analysis.statistics import Estimate, estimate, paired_gain, statement, verdict
 from replib.errors import UserError
 from replib.experiments.cells import Plan, plan, versions_of
 from replib.experiments.executor import Outcome, run_plan
-from replib.experiments.params import Table, load_table
+from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
 
 
@@ -85,7 +86,7 @@ class Results:
     def stale(self) -> list[Path]:
         """Published files of this table's cells that were made by an older version."""
         wanted = {
-            self.nameless(planned.cell.model_dump(exclude={"data_dir"})): versions_of(planned.cell)
+            self.nameless(planned.cell): versions_of(planned.cell)
             for planned in self.plan.cells.values()
         }
         found = []
@@ -94,15 +95,19 @@ class Results:
             if evidence is None or evidence["result"]["key"] in self.plan.cells:
                 continue
             result = evidence["result"]
-            versions = wanted.get(self.nameless(result.get("parameters", {})))
+            try:
+                cell = Cell.model_validate(result["parameters"])
+            except (KeyError, ValidationError):  # of parameters that there are no more
+                continue
+            versions = wanted.get(self.nameless(cell))
             if versions is not None and versions != result.get("versions"):
                 found.append(path)
         return found
 
     @staticmethod
-    def nameless(parameters: dict) -> bytes:
+    def nameless(cell: Cell) -> bytes:
         """Parameters without the keys of parents, which change with any version."""
-        return canonical(parameters | {"start": None, "teacher": None})
+        return canonical(cell.in_key | {"start": None, "teacher": None})
 
     @property
     def fallback(self) -> bool:
@@ -132,7 +137,11 @@ class Results:
 
     def against(self, row: str) -> str:
         """The row over which a row's gain is taken."""
-        return self.table.rows[row].against or self.table.control
+        return self.table.rows[row].against or self.control(row)
+
+    def control(self, row: str) -> str:
+        """The row over which gains are taken by default: of the same variant, if there are any."""
+        return self.table.controls.get(self.table.rows[row].variant, self.table.control)
 
     def gain(self, row: str, published: bool = False) -> Estimate | None:
         """The paired gain in points, None for the control itself or without evidence."""
@@ -170,7 +179,8 @@ class Results:
                 teachers += own
             else:
                 students += own
-            teachers += Cost(flops=compute["teacher_flops"])
+            how = source[key]["context"].get("teacher", {"flops": compute["teacher_flops"]})
+            teachers += Cost(flops=how["flops"])
             parents = self.plan.cells[key].parents
             return all(visit(k, taught or role == "teacher") for role, k in parents.items())
 
@@ -189,9 +199,13 @@ class Results:
         )
 
     def teacher_accuracy(self, row: str, published: bool = False) -> Estimate | None:
-        """The test accuracy of the row's teacher."""
+        """The test accuracy of the row's teacher; of one that is no row, as its students found."""
         teacher = self.table.rows[row].teacher
-        return self.accuracy(teacher, published) if teacher else None
+        if teacher in self.table.rows:
+            return self.accuracy(teacher, published)
+        found = [e["result"].get("teacher") for e in self.evidence(row, published).values()]
+        values = {100 * entry["test_accuracy"] for entry in found if entry is not None}
+        return estimate(sorted(values)) if values else None
 
     def frame(self, published: bool = False) -> pd.DataFrame:
         """The table as numbers: one line per row, accuracies in percent, gains in points."""
