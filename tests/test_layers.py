@@ -113,6 +113,18 @@ def test_the_page_shows_the_measurement(results):
         assert f"<code>{cell['key'][:16]}</code>" in provenance
 
 
+def test_several_side_branches_are_added_up(results):
+    """As in DBB; the tables of this file have RepVGG blocks only."""
+    shown = Layers(results)
+    columns = {"row": ["base"] * 4, "seed": [0] * 4, "block": ["a", "a", "a", "b"]}
+    columns |= {"role": ["main", "side", "side", "main"], "snip": [1.0, 2.0, 3.0, 4.0]}
+    shown.measurement = shown.measurement | {"scores": columns | {"synflow": [0.1, -0.2, 0.0, 0.3]}}
+    first, second = shown.frame.to_dict("records")
+    assert first["block"] == "a" and [first[part] for part in PARTS] == [1.0, 5.0, 60.0]
+    assert second["block"] == "b" and [second[part] for part in PARTS] == [4.0, 0.0, 40.0]
+    assert (first["signed"], second["signed"]) == pytest.approx((0.3, 0.3))
+
+
 def test_a_page_without_weights_says_how_to_make_them(results, monkeypatch):
     own(results)
     main(["publish", "tiny9", "--profile", "tiny"])
