@@ -347,7 +347,8 @@ def test_the_stem_of_a_cifar_resnet_decays_and_no_other_norm():
 @pytest.mark.parametrize("block", ["repvgg", "dbb", "orepa", "csla", "mobileone", "dyrep"])
 def test_every_parameter_is_in_one_group(rule, block):
     model = nn.Sequential(BLOCKS[block](4, 4), nn.LayerNorm(3), nn.Flatten(), nn.Linear(4, 2))
-    model.append(model[3])  # a layer that is used twice
+    model.append(nn.Linear(4, 2))
+    model[4].weight = model[3].weight  # two layers of one weight
     for bias_rate, most in ((1.0, 2), (2.0, 4)):
         groups = parameter_groups(model, 1e-4, rule, bias_rate)
         held = [parameter for group in groups for parameter in group["params"]]
