@@ -285,3 +285,14 @@ def test_a_teacher_that_is_uneven_is_asked(store, monkeypatch):
     found = ran(store, made, cell, say=said.append)
     assert found["context"]["teacher"]["logits"] == "asked at every step"
     assert any("are not kept" in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_given_the_rows(store):
+    """Compiled arithmetic rounds otherwise, so the losses are near, and nothing is said."""
+    made, cell = planned()
+    want, said = ran(store, made, cell)["result"]["history"]["train_loss"], []
+    found = ran(store, made, cell, compile="default", say=said.append)
+    assert said == [] and found["context"]["compile"] == "default"
+    assert found["context"]["teacher"]["logits"] == "computed once"
+    assert found["result"]["history"]["train_loss"] == pytest.approx(want, rel=0.05)
