@@ -81,16 +81,22 @@ def test_preserving_keeps_the_function_in_eval_mode(block, options):
     assert jump(before, fuse(model)(IMAGES)) < 1e-9
 
 
-@pytest.mark.parametrize("block", ["repvgg"])
+@pytest.mark.parametrize("block", KNOWN)
 def test_preserving_with_matched_statistics_keeps_train_mode_too(block):
+    """On the images that were measured, up to the norms' epsilon inside of branches."""
     model = network(block)
     before = model(IMAGES)
-    Cycle(model, warmup=4, fidelity="preserving").start_cycle(IMAGES)
-    assert jump(before, model.train()(IMAGES)) < 1e-6
+    cycle = Cycle(model, warmup=4, fidelity="preserving")
+    cycle.start_cycle(IMAGES)
+    assert not cycle.blocks or jump(before, model.train()(IMAGES)) < 1e-4
 
 
-def test_preserving_in_float32_stays_within_rounding():
-    model = network().float()
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("block", KNOWN)
+def test_preserving_in_float32_stays_within_rounding(block, rate):
+    model = network(block).float()
+    for module in outermost_blocks(model).values():
+        module.set_rate(rate)
     images = IMAGES.float()
     before = model(images)
     Cycle(model, warmup=4, fidelity="preserving").start_cycle(images)
