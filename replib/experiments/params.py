@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -614,6 +615,15 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
     return table
 
 
+@lru_cache(maxsize=1024)
+def buildable(body: str, block: str, width: float, blocks: tuple[str, ...] | None) -> None:
+    """Raises: ValueError where there is no such network, or it has no such blocks."""
+    with torch.device("meta"):  # shapes only: nothing is drawn or stored
+        model = build(body, block, classes=10, in_channels=3, width=width)
+        if blocks is not None:
+            Cycle(model, warmup=1, blocks=blocks)
+
+
 def check_row(table: Table, row: str, where: str) -> None:
     """Build the cell of a row once, with placeholder parents, to find mistakes early."""
     spec = table.rows[row]
@@ -630,11 +640,9 @@ def check_row(table: Table, row: str, where: str) -> None:
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
+    chosen = cell.cycle and cell.cycle.blocks
     try:
-        with torch.device("meta"):  # shapes only: nothing is drawn or stored
-            model = build(cell.body, cell.block, classes=10, in_channels=3, width=cell.width)
-            if cell.cycle is not None:
-                Cycle(model, warmup=cell.cycle.warmup, blocks=cell.cycle.blocks)
+        buildable(cell.body, cell.block, cell.width, chosen and tuple(chosen))
     except ValueError as error:
         raise UserError(
             f"{where}, row {row}: body={cell.body}, block={cell.block}: {error}"

@@ -1,0 +1,61 @@
+"""Tables as their user runs them: the notebook of the smoke profile, and the folder profiles."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from replib.__main__ import main
+from replib.report.results import Results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["bfloat16", "repan-ablation", "table3"])
+def test_the_smoke_profile_makes_a_page(project, table):
+    status, _, error = project.run(
+        "reproduce", table, "--profile", "smoke", "--set", "seeds=[0]", "--workers", "1"
+    )
+    assert status == 0, error
+    page = (project.folder / "reports" / f"{table}-smoke.html").read_text(encoding="utf-8")
+    results = Results(table, "smoke", ["seeds=[0]"])
+    for row in results.rows:
+        assert results.table.rows[row].label.split(": ")[-1] in page
+        assert results.accuracy(row) is not None
+    assert "Traceback" not in page
+
+
+@pytest.mark.slow
+def test_table3_runs_on_a_folder_of_images(project, in_process, tmp_path, capfd):
+    """Tiny-ImageNet's own layout, a few images, the smallest of its networks."""
+    draw, folder = np.random.default_rng(0), tmp_path / "tiny-imagenet-200"
+    lines = []
+    for number in range(4):
+        label = f"n0{number}"
+        images = folder / "train" / label / "images"
+        images.mkdir(parents=True)
+        (folder / "val" / "images").mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            pixels = draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / f"{label}_{i}.JPEG")
+        for i in range(3):
+            name = f"val_{number}{i}.JPEG"
+            pixels = draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "val" / "images" / name)
+            lines.append(f"{name}\t{label}\t0\t0\t62\t62\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    others = ("repvgg_a1", "repvgg_b3", "resnet18_rep", "resnet18_acb")
+    others += ("resnet34_dbb", "resnet50_dbb", "mobilenet_dbb")
+    settings = [
+        f"cell.data_dir={folder}", "cell.classes=3", "cell.held_out=6", "seeds=[0]",
+        "cell.batch_size=8", "recipes.base.epochs=1", "recipes.cycles.batch_size=8",
+        "recipes.cycles.epochs=1", "recipes.cycles.cycle.warmup=1",
+        "variants.resnet18_dbb.cell.width=0.125", "rows.teacher.set.width=0.125",
+        *(f"variants.{name}=" for name in others),
+    ]  # fmt: skip
+    options = [part for setting in settings for part in ("--set", setting)]
+    status = main(["run", "table3", "--profile", "tiny-imagenet", "--workers", "1", *options])
+    assert (status, capfd.readouterr().err.count("Traceback")) == (0, 0)
+    results = Results("table3", "tiny-imagenet", settings)
+    assert len(results.rows) == 9 and all(len(results.evidence(row)) == 1 for row in results.rows)
+    found = results.evidence("resnet18_dbb_official_distilled")[0]["result"]
+    assert found["images"] == {"train": 30, "held_out": 6} and found["data"]["test_images"] == 9
+    assert len(found["restarts"]["phase"]) == 2 and found["teacher"]["test_accuracy"] is not None
