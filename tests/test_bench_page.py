@@ -51,6 +51,7 @@ def made():
                 for w in (before, after)
             ],
             "left_out": {"compiled <form>": "there is no C++ compiler"},
+            "limits": {after: {"products_ms": value(), "times": value(), "over": before}},
             "profiles": {after: [{"operator": "aten::<mm>", "calls": 3, "milliseconds": value(),
                                   "share": value()}]},
         }  # fmt: skip
@@ -191,6 +192,7 @@ def test_without_a_measurement_every_target_is_still_shown(tmp_path):
 def test_a_missed_target_shows_its_profile(write, measurement):
     html = Bench(write(measurement)).profiles().data
     assert "aten::&lt;mm&gt;" in html and Way("qarepvgg").name in html
+    assert "the limit without faster convolutions" in html
     assert Way("dbb").name not in html
 
 

@@ -514,3 +514,14 @@ def test_the_fastest_form_decides(values, verdict):
         target("a1-repvgg"), {"settings": {"tier": "cpu"}, "cases": {"a1/repvgg": entry}}
     )
     assert (found.text, found.found.value) == (verdict, max(values))
+
+
+def test_the_limit_is_what_is_left_without_all_but_products():
+    times = {"slow": 200.0, "fast": 100.0}
+    rows = [("aten::mkldnn_convolution", 0.5), ("aten::mul", 0.3), ("aten::addmm", 0.125)]
+    result = {
+        "ways": [{"way": way, "milliseconds": {"median": t}} for way, t in times.items()],
+        "profiles": {"fast": [{"operator": name, "share": share} for name, share in rows]},
+    }
+    assert steps.limits(result) == {"fast": {"products_ms": 62.5, "times": 3.2, "over": "slow"}}
+    assert steps.limits(result | {"ways": []}) == {}

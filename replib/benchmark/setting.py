@@ -7,6 +7,7 @@ agreement  [{"way", "equal", "errors", "allowed"}]
 left_out   {way: reason}
 numbers    {name: a number, or a spread}
 profiles   {way: rows of `timing.profile`}
+limits     {way: {"products_ms", "times", "over"}}
 """
 
 from __future__ import annotations

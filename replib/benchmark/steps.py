@@ -217,7 +217,24 @@ def steps(
     out["profiles"] = {
         name: profile(run, setting.device) for name, run in runs.items() if name in setting.profiled
     }
+    out["limits"] = limits(out)
     return out, times
+
+
+def limits(result: dict) -> dict[str, dict]:
+    """By profiled way: the milliseconds of its convolutions and matrix products, and how many times
+    as fast as the first way it would be if all else were free."""
+    times = {w["way"]: w["milliseconds"]["median"] for w in result["ways"] if "milliseconds" in w}
+    if not times:
+        return {}
+    first, found = next(iter(times)), {}
+    for way, rows in result["profiles"].items():
+        share = sum(r["share"] for r in rows if any(p in r["operator"] for p in ("conv", "mm")))
+        if share and way in times:
+            least = share * times[way]
+            numbers = {"products_ms": rounded(least), "times": rounded(times[first] / least)}
+            found[way] = numbers | {"over": first}
+    return found
 
 
 def in_mib(size: int) -> float:

@@ -323,23 +323,14 @@ def missed_profiles(measurement: dict) -> str:
 
 
 def limit(result: dict, way: str) -> str:
-    """In words: how much faster than the first way this one could be, if all of its operators but
-    convolutions and matrix products cost nothing."""
-    first, *_ = result["ways"]
-    times = {w["way"]: w["milliseconds"]["median"] for w in result["ways"] if "milliseconds" in w}
-    products = ("conv", "mm")
-    share = sum(
-        row["share"]
-        for row in result["profiles"][way]
-        if any(p in row["operator"] for p in products)
-    )
-    if way not in times or first["way"] not in times or not share:
+    """In words: how much faster than the first way this one could be."""
+    found = result.get("limits", {}).get(way)
+    if found is None:
         return ""
-    least = share * times[way]
     return (
-        f"Convolutions and matrix products take {shown(least)} of {shown(times[way])} ms. Were "
-        f"all else free, this would be {shown(times[first['way']] / least)} times as fast as "
-        f"{first['way']} ({shown(times[first['way']])} ms): the limit without faster convolutions."
+        f"Convolutions and matrix products take {shown(found['products_ms'])} ms of it. Were all "
+        f"else free, it would be {shown(found['times'])} times as fast as {found['over']}: the "
+        "limit without faster convolutions."
     )
 
 
