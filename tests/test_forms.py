@@ -286,9 +286,8 @@ def drop_a_branch(module):
     return False
 
 
-@over("training", [True, slow(False)], ids=["train", "eval"])
 @over_forms(sorted({*QUICK_TO_COMPILE, *SLOW_TO_COMPILE}), QUICK_TO_COMPILE)
-def test_compilation_computes_the_same_and_sees_every_change(form, training):
+def test_compilation_computes_the_same_and_sees_every_change(form, training=True):
     """As one graph. New values are seen without another compilation, new structure by one."""
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
 
@@ -308,7 +307,12 @@ def test_compilation_computes_the_same_and_sees_every_change(form, training):
     assert (counter.frame_count > once) == dropped
 
 
-@over_forms(NETWORK_FORMS, ())
+@over_forms(QUICK_TO_COMPILE, ())
+def test_compilation_in_eval_mode(form):
+    test_compilation_computes_the_same_and_sees_every_change(form, training=False)
+
+
+@over_forms(("digits net", "resnet", "replknet", "repmlpnet", "converted mobilenet"), ())
 def test_a_network_is_captured_as_one_graph(form):
     """In train mode, dropout and stochastic depth included."""
     torch._dynamo.reset()
