@@ -207,6 +207,7 @@ def one(
         process.join(0 if entry["status"] == OUT_OF_TIME else 10)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with processes of its own
+        process.kill()  # one that hangs before it leads a group
         process.join()
     seconds = time.monotonic() - begin
     after = busy_seconds()
