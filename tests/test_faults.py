@@ -177,7 +177,7 @@ def test_a_killed_worker_is_reported_in_one_line(project, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment(project, undisturbed, seed):
     """Killed again and again, each time a random while after the first thing it writes."""
     add_table(project)

@@ -344,7 +344,10 @@ def test_the_default_compiler_computes_the_same(form, training, monkeypatch, tmp
     same(step(twin, x, compiled), step(module, x), SINGLE)
 
 
-@over_forms(ALL, ("dbb", "shifting", "deployed dbb", "fused digits net"))
+@over_forms(
+    [*BLOCK_FORMS, *DEPLOYED, "digits net", "replknet", "fused digits net", "fused resnet"],
+    ("dbb", "shifting", "deployed dbb", "fused digits net"),
+)
 def test_export_and_what_it_computes(form):
     """Of the eval mode; the program holds the parameters under their names."""
     module, x = made(form)
