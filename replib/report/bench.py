@@ -317,20 +317,21 @@ def missed_profiles(measurement: dict) -> str:
             ]
             header = ["operator", "calls", "milliseconds", "share of the time"]
             table = table_html(header, lines, "numbers")
-            said = f"<p>{escape(limit(result, way))}</p>"
+            said = f"<p>{limit(result, way)}</p>"
             parts.append(f"<details open><summary>{escape(way)}</summary>{said}{table}</details>")
     return "".join(parts)
 
 
 def limit(result: dict, way: str) -> str:
-    """In words: how much faster than the first way this one could be."""
+    """In words, as HTML: how much faster than the first way this one could be."""
     found = result.get("limits", {}).get(way)
     if found is None:
         return ""
+    milliseconds, times = shown(found["products_ms"]), shown(found["times"])
     return (
-        f"Convolutions and matrix products take {shown(found['products_ms'])} ms of it. Were all "
-        f"else free, it would be {shown(found['times'])} times as fast as {found['over']}: the "
-        "limit without faster convolutions."
+        f"Convolutions and matrix products take {milliseconds} ms of it. Were all else free, it "
+        f"would be {times} times as fast as {escape(found['over'])}: the limit without faster "
+        "convolutions."
     )
 
 
