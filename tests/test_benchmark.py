@@ -539,3 +539,12 @@ def test_the_limit_is_what_is_left_without_all_but_products():
     }
     assert steps.limits(result) == {"fast": {"products_ms": 62.5, "times": 3.2, "over": "slow"}}
     assert steps.limits(result | {"ways": []}) == {}
+
+
+@pytest.mark.parametrize("error, equal", [(0.009, True), (0.011, False)])
+def test_one_relu_on_the_other_side_is_no_disagreement(error, equal):
+    """The reference met none, and is far better than the bound; outputs have no such excuse."""
+    own = {"outputs": 1e-7, "gradients": 1e-6}
+    found = agreement.agreement({"outputs": 1e-7, "gradients": error}, own, 2**-23)
+    assert found["equal"] == equal
+    assert not agreement.agreement({"outputs": error, "gradients": 0.0}, own, 2**-23)["equal"]

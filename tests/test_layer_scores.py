@@ -3,24 +3,18 @@
 import copy
 
 import pytest
+import test_annealing
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from replib.analysis.layer_scores import layer_scores
-from replib.analysis.precision import exact_input, stack
 from replib.networks import branch_by_branch
 
 
 def problem(block="repvgg", channels=4):
-    """Two scrambled blocks and a classifier in float64, and three batches of different sizes."""
-    images = exact_input((18, channels, 6, 6), 0)
-    blocks = stack(block, 2, 3, images, 0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3).double()]
-    model = nn.Sequential(blocks[0], nn.ReLU(), blocks[1], nn.ReLU(), *head)
-    labels = torch.arange(18) % 3
+    """The network of test_annealing, and its images in three batches of different sizes."""
+    model, images, labels = test_annealing.problem(block, channels)
     return model, [(images[a:b], labels[a:b]) for a, b in ((0, 8), (8, 14), (14, 18))]
 
 

@@ -5,6 +5,7 @@ import io
 import math
 
 import pytest
+import test_training
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
@@ -23,7 +24,6 @@ from replib.experiments.store import Store
 from replib.methods.cycle import Cycle
 from replib.models import build
 from replib.training import step as steps_module
-from replib.training.augmentation import Augmentation
 from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy
 from replib.training.loop import OutOfTime, Recipe, Task, fit, training_flops
@@ -38,12 +38,7 @@ from replib.training.optimisation import (
 from replib.training.step import Step, adamw, set_rate, sgd
 
 BASE, EPOCHS, STEPS = 0.1, 6, 4  # of the schedules below
-RECIPE = dict(
-    phases=1, epochs=3, batch_size=32, learning_rate=0.05, momentum=0.9, nesterov=True,
-    weight_decay=1e-3, clip_norm=5.0, clip="decayed",
-    augmentation=Augmentation(crop_padding=1), next_start="last", select="validation",
-    reseed_each_phase=False,
-)  # fmt: skip
+RECIPE = test_training.RECIPE | dict(phases=1, learning_rate=0.05, next_start="last")
 ADAMW = dict(optimizer="adamw", momentum=0.0, nesterov=False, learning_rate=0.01)
 
 

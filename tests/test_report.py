@@ -102,6 +102,25 @@ def test_the_page_shows_everything(page, home):
         assert f"<code>{key[:16]}</code>" in text
 
 
+def test_the_network_of_every_row_and_what_its_cycles_keep(home):
+    plain = Page("tiny9", "tiny")
+    assert plain.network("control") == "digits, repvgg" and plain.kept == []
+    wide = Page("table2", "bodies", ["seeds=[0]"])
+    assert wide.network("dbb_official") == "cifar_resnet18, width × 0.125, dbb"
+    assert wide.families == ["repvgg", "dbb", "acb"]
+    own, key = plain.results.own, plain.results.plan.by_row["control", 0]
+    found = dict(own[key])
+    kept = {"stem": "has no side branches", "last": "has no side branches", "x": "was not chosen"}
+    found["result"] = found["result"] | {"kept_blocks": kept}
+    plain.results.__dict__["own"] = own | {key: found}
+    label = plain.table.rows["control"].label
+    assert plain.kept == [
+        f"Blocks that the cycle leaves as they are: 2 (has no side branches), in {label}.",
+        f"Blocks that the cycle leaves as they are: 1 (was not chosen), in {label}.",
+    ]
+    assert plain.kept[0] in plain.said().data
+
+
 def test_what_users_write_is_shown_as_text(page):
     reader, text = offline(page), page.read_text(encoding="utf-8")
     assert "".join(reader.text).count(EVIL) >= 5, "title twice, question, label, claim"

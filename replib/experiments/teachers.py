@@ -21,7 +21,7 @@ key of the cell.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -218,17 +218,15 @@ def from_torchvision(name: str, path: str, classes: int, channels: int) -> Found
 
     known_name(name, models.list_models(module=models))
     weights = models.get_model_weights(name).DEFAULT
-    published, given = len(weights.meta["categories"]), weights.transforms()
-    if not path and published != classes:
-        raise ValueError(f"it has {published} classes, the data have {classes}")
-    if not path:
-        network = downloaded(lambda: models.get_model(name, weights=weights))
-    else:
-        network = models.get_model(name, weights=None, num_classes=classes)
-        fill(network, foreign_state(path), classes)
-    if published != classes:
-        return network, None, None
-    return network, tuple(given.mean), tuple(given.std)
+    given = weights.transforms()
+    return found(
+        path,
+        classes,
+        published=len(weights.meta["categories"]),
+        statistics=(given.mean, given.std),
+        pretrained=lambda: models.get_model(name, weights=weights),
+        empty=lambda: models.get_model(name, weights=None, num_classes=classes),
+    )
 
 
 def from_timm(name: str, path: str, classes: int, channels: int) -> Found:
@@ -241,22 +239,42 @@ def from_timm(name: str, path: str, classes: int, channels: int) -> Found:
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     if not path and not config.has_weights:
         raise ValueError("timm has no weights for it: give a file, timm:NAME=FILE")
-    if not path and config.num_classes != classes:
-        raise ValueError(f"it has {config.num_classes} classes, the data have {classes}")
-    if not path:
-        network = downloaded(lambda: timm.create_model(name, pretrained=True))
-    else:
-        network = timm.create_model(name, num_classes=classes, in_chans=channels)
+    return found(
+        path,
+        classes,
+        published=config.num_classes,
+        statistics=(config.mean, config.std),
+        pretrained=lambda: timm.create_model(name, pretrained=True),
+        empty=lambda: timm.create_model(name, num_classes=classes, in_chans=channels),
+    )
+
+
+def found(
+    path: str,
+    classes: int,
+    *,
+    published: int,
+    statistics: tuple[Sequence[float], Sequence[float]],
+    pretrained: Callable[[], nn.Module],
+    empty: Callable[[], nn.Module],
+) -> Found:
+    """A library's network with its published weights, or, given a path, with those of the file;
+    the mean and deviation it was trained with, where it has the published number of classes."""
+    if not path and published != classes:
+        raise ValueError(f"it has {published} classes, the data have {classes}")
+    if path:
+        network = empty()
         fill(network, foreign_state(path), classes)
-    if config.num_classes != classes:
-        return network, None, None
-    return network, tuple(config.mean), tuple(config.std)
+    else:
+        network = downloaded(pretrained)
+    mean, deviation = map(tuple, statistics)
+    return (network, mean, deviation) if published == classes else (network, None, None)
 
 
 LIBRARIES = {"torchvision": from_torchvision, "timm": from_timm}
 
 
-def downloaded(make) -> nn.Module:
+def downloaded(make: Callable[[], nn.Module]) -> nn.Module:
     """A network whose weights its library keeps, or downloads."""
     try:
         return make()
