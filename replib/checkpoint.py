@@ -58,14 +58,15 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         if isinstance(block, RepBlock)
     }
     manifest = {"format": FORMAT, "blocks": blocks, "tree": tree}
-    text = json.dumps(manifest)
-    payload = save(tensors, {"manifest": text, "sha256": digest(text, tensors)})
-    write_bytes(Path(path), payload)
+    manifest["sha256"] = digest(manifest, tensors)
+    # One entry of metadata: safetensors writes several in any order, and the same network must be
+    # the same bytes.
+    write_bytes(Path(path), save(tensors, {"manifest": json.dumps(manifest)}))
 
 
-def digest(manifest: str, tensors: dict[str, Tensor]) -> str:
+def digest(manifest: dict, tensors: dict[str, Tensor]) -> str:
     """A hash of everything in the file."""
-    value = hashlib.sha256(manifest.encode())
+    value = hashlib.sha256(json.dumps(manifest).encode())
     for key in sorted(tensors):
         value.update(key.encode())
         value.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
@@ -166,11 +167,10 @@ def load_model(path: str | Path, body: nn.Module | None = None) -> nn.Module:
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a network: {reason}") from None
-    text = metadata.get("manifest", "{}")
-    manifest = json.loads(text)
+    manifest = json.loads(metadata.get("manifest", "{}"))
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has no manifest of {FORMAT}: it was not written by save_model.")
-    if metadata.get("sha256") != digest(text, tensors):
+    if manifest.pop("sha256", metadata.get("sha256")) != digest(manifest, tensors):
         raise ValueError(f"{path} is damaged: its contents differ from their own hash.")
     try:
         return rebuilt(manifest["tree"], "", tensors, body, {})

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_blocks import scrambled
 from torch import nn
@@ -215,6 +216,29 @@ def test_the_manifest_says_what_there_is(tmp_path):
         "branches": ["square", "axis0", "axis1"],
         "rate": 0.5,
     }
+
+
+def test_the_same_network_is_the_same_bytes(tmp_path):
+    model = network("acb")
+    written = set()
+    for _ in range(20):
+        save_model(model, tmp_path / "model.safetensors")
+        written.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(written) == 1
+
+
+def test_a_file_with_its_hash_beside_the_manifest_is_read(tmp_path):
+    """As they were written at first."""
+    model, path = network("acb"), tmp_path / "model.safetensors"
+    save_model(model, path)
+    with safe_open(path, "pt") as file:
+        manifest = json.loads(file.metadata()["manifest"])
+    stated = manifest.pop("sha256")
+    save_file(load_file(path), path, {"manifest": json.dumps(manifest), "sha256": stated})
+    same(load_model(path), model)
+    save_file(load_file(path), path, {"manifest": json.dumps(manifest), "sha256": stated[::-1]})
+    with pytest.raises(ValueError, match="is damaged"):
+        load_model(path)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):

@@ -209,7 +209,7 @@ def test_no_tag_is_executed(tag, tmp_path):
 
 def test_variants_repeat_the_rows_on_other_networks():
     settings = [
-        "variants.one={label: One, cell: {block: acb}}",
+        "variants.one={label: One, cell: {block: acb, learning_rate: 9}}",  # recipes state another
         "variants.two={label: Two, recipes: {cycles: {phases: 2}}, rows: {redraw: null, "
         "repvgg: {label: other}, plain: {set: {body: digits_wide}}}}",
         "variants.three=",

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Inline, Project
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_blocks import scrambled
 from test_cli import refused, spoil, tree
@@ -65,12 +64,6 @@ def accuracies(network: nn.Module, k: int) -> float:
     return 100 * right / len(logits)
 
 
-def contents(path: Path) -> str:
-    """What a file says of all that is in it; the order of its metadata is left to chance."""
-    with safe_open(path, "pt") as file:
-        return file.metadata()["sha256"]
-
-
 def row(printed: str, name: str) -> dict[str, str]:
     """A row of the table that was printed."""
     (head,) = (line for line in printed.splitlines() if line.startswith("form "))
@@ -97,14 +90,14 @@ def test_train_is_a_cell_that_is_trained_once(project, in_process, capfd, monkey
     assert selected.state_dict().keys() == written.state_dict().keys()
     for name, tensor in selected.state_dict().items():
         assert torch.equal(tensor, written.state_dict()[name])
-    first = contents(path)
+    first = path.read_bytes()
     path.unlink()
     assert main(trained_to(path)) == 0
-    assert len(epochs) == 3 and contents(path) == first
+    assert len(epochs) == 3 and path.read_bytes() == first
     assert "was trained before" in capfd.readouterr().out
     (folder / "weights.ckpt").unlink()  # the evidence alone is no network
     assert main(trained_to(path)) == 0
-    assert len(epochs) == 6 and contents(path) == first
+    assert len(epochs) == 6 and path.read_bytes() == first
 
 
 def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkeypatch, capfd):
@@ -126,7 +119,7 @@ def test_train_goes_on_where_it_was_stopped(project, in_process, network, monkey
     assert main(trained_to(path)) == 0
     assert "3/3" in capfd.readouterr().out
     assert len(epochs) == 4  # two were checkpointed
-    assert contents(path) == contents(network)
+    assert path.read_bytes() == network.read_bytes()
 
 
 def test_train_takes_every_key_and_starts_from_a_file(project, in_process, network):
