@@ -35,7 +35,7 @@ from replib.branches import AveragePool, Chain, Convolution, Filter, Piece, Scal
 from replib.kernels import Kernel
 
 MOVED = 16  # multiply-adds that take as long as reading and writing one number
-DECLARED = 10**7  # multiply-adds in the time that it takes to describe a kernel of any size
+DECLARED = 3 * 10**7  # multiply-adds in the time that describing a kernel of any size takes
 BLOCK = 4  # inputs of a depthwise kernel that are multiplied as one matrix, zeros included
 
 Values = dict[Piece, Tensor]  # the weight of each leaf, and the rate of each sum that has one
