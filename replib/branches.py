@@ -269,11 +269,24 @@ class Norm(PointwisePiece):
 
     carries_bias = shifts = True
 
-    def __init__(self, channels: int, dims: int, *, eps: float = 1e-5, momentum: float = 0.1):
+    initial = 1.0  # the slope to begin with
+
+    def __init__(
+        self,
+        channels: int,
+        dims: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        initial: float = 1.0,
+    ):
         super().__init__()
         self.in_channels = self.out_channels = channels
         self.extent = (1,) * dims
         self.norm = BATCH_NORM[dims](channels, eps=eps, momentum=momentum)
+        if initial != 1:
+            self.initial = initial
+            nn.init.constant_(self.norm.weight, initial)
 
     def apply_to(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -338,7 +351,8 @@ class Norm(PointwisePiece):
     @torch.no_grad()
     def redraw(self, rule: str, generator: torch.Generator | None = None, last: bool = False):
         if self.norm.weight is not None:
-            self.norm.weight.fill_(0.01 if rule == "fan_out" and last else 1)
+            slopes = {"default": self.initial, "fan_out": 0.01 if last else 1}
+            self.norm.weight.fill_(slopes.get(rule, 1))
             self.norm.bias.zero_()
         if rule != "repan":
             self.norm.reset_running_stats()
@@ -353,12 +367,25 @@ class Norm(PointwisePiece):
 class Scale(PointwisePiece):
     """A per-channel factor (OREPA's `vector`, RepOptimizers' constant scales)."""
 
+    stored = "weight"  # the name of its parameter
+
     def __init__(self, channels: int, dims: int, initial: float = 1.0, trainable: bool = True):
         super().__init__()
         self.in_channels = self.out_channels = channels
         self.extent = (1,) * dims
         self.initial = initial
-        self.weight = nn.Parameter(torch.full((channels,), initial), requires_grad=trainable)
+        value = nn.Parameter(torch.full(self.shape, initial), requires_grad=trainable)
+        self.register_parameter(self.stored, value)
+
+    @property
+    def shape(self) -> Sizes:
+        """Of its parameter."""
+        return (self.out_channels,)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is trained."""
+        return getattr(self, self.stored)
 
     def apply_to(self, x: Tensor) -> Tensor:
         # Under autocast the factor is float32; the map stays what it is, as behind a norm.
@@ -369,14 +396,25 @@ class Scale(PointwisePiece):
 
     def undo(self, kernel: Kernel, norm: str, stats: Statistics | None, bias_below: bool) -> Kernel:
         """Divide by the factor; one near 0 is first set back to its initial value."""
-        dead = self.weight.abs() < MIN_SLOPE
-        self.weight.masked_fill_(dead, self.initial or 1.0)
+        dead = self.parameter.abs() < MIN_SLOPE
+        self.parameter.masked_fill_(dead, self.initial or 1.0)
         return kernels.scaled(kernel, 1 / self.weight.to(kernel.weight.dtype))
 
     @torch.no_grad()
     def redraw(self, rule: str, generator: torch.Generator | None = None, last: bool = False):
-        if rule == "default" and self.weight.requires_grad:
-            self.weight.fill_(self.initial)
+        if rule == "default" and self.parameter.requires_grad:
+            self.parameter.fill_(self.initial)
+
+
+class Scalar(Scale):
+    """One factor for all channels; its `weight` repeats it for each."""
+
+    stored = "value"
+    shape: Sizes = ()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.value.expand(self.out_channels)
 
 
 class Filter(Piece):

@@ -9,8 +9,8 @@ that `Geometry` builds; merging, restoring, redrawing and deploying are inherite
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from replib import kernels, sharing
+from replib.blocks.ends import left_out, with_ends
 from replib.branches import (
     NORM_AT_RESTORE,
     RULES,
@@ -79,8 +80,8 @@ class Geometry:
         arguments = channels | {"groups": self.groups, "dilation": self.dilation} | changes
         return Convolution(size=size, **arguments)
 
-    def norm(self, channels: int | None = None) -> Norm:
-        return Norm(channels or self.out_channels, self.dims)
+    def norm(self, channels: int | None = None, **changes) -> Norm:
+        return Norm(channels or self.out_channels, self.dims, **changes)
 
     def scale(self, initial: float = 1.0, channels: int | None = None, **options) -> Scale:
         return Scale(channels or self.out_channels, self.dims, initial, **options)
@@ -106,6 +107,7 @@ FEATURES: dict[str, Callable[[Geometry], bool]] = {
     "even kernel": lambda g: any(k % 2 == 0 for k in g.kernel_size),
     "rectangular kernel": lambda g: len(set(g.kernel_size)) > 1,
 }
+COMMON = ("norms", "scaling", "without")  # options that every family has
 OFF_CENTRE = {"even kernel": "its smaller branches have no centre there; take an odd size"}
 
 
@@ -116,6 +118,9 @@ class RepBlock(Sum):
     same arguments. Sizes are integers or one per axis; padding None is centred.
     `rate` (lambda) multiplies the side branches; it is a 0-dim buffer, since it changes the
     function and so belongs in the checkpoint.
+    norms, scaling: where norms stand, and what ends a branch without one; keys of
+    `replib.blocks.ends.NORMS` and `SCALINGS`, None as the family declares.
+    without: names of branches to leave out; the others are drawn as if it were there.
     Raises: ValueError for channels that groups do not divide, and for options that the family
     does not have.
     """
@@ -141,6 +146,9 @@ class RepBlock(Sum):
         groups: int = 1,
         dims: int = 2,
         padding_mode: str = "zeros",
+        norms: str | None = None,
+        scaling: str | None = None,
+        without: Collection[str] = (),
         **options,
     ):
         family = type(self).__name__
@@ -181,12 +189,20 @@ class RepBlock(Sum):
                     f"dims={dims}): {reason}."
                 )
         branches = self.declare(geometry, **options)
-        super().__init__(branches, self.main_name, squeezed=self.squeezable)
+        if without:
+            square = replace(geometry, out_channels=in_channels, stride=(1,) * dims)
+            with torch.device("meta"):  # of that shape it has all branches that it may have
+                known = self.declare(square, **options)
+            branches = left_out(branches, without, known, self.main_name)
+        branches = with_ends(branches, norms, scaling)
+        squeezed = self.squeezable and norms != "branches"
+        super().__init__(branches, self.main_name, squeezed=squeezed)
         want = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
         if self.extent != want:
             raise ValueError(f"{family}: branches see {self.extent} pixels, the block {want}.")
         self.geometry, self.padding_mode = geometry, padding_mode
-        self.post_norm = geometry.norm() if self.post_normed else None
+        follows = self.post_normed if norms is None else norms == "sum"
+        self.post_norm = geometry.norm() if follows else None
         self.register_buffer("rate", torch.ones(()))
 
     # -- what a family declares -----------------------------------------------------------------
@@ -196,8 +212,8 @@ class RepBlock(Sum):
 
     @classmethod
     def options(cls) -> list[str]:
-        """The names of the family's own options."""
-        return list(inspect.signature(cls.declare).parameters)[2:]
+        """The names of the family's own options, then of those that every family has."""
+        return [*list(inspect.signature(cls.declare).parameters)[2:], *COMMON]
 
     # -- what every block does ------------------------------------------------------------------
     def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of nn.Conv2d

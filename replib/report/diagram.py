@@ -16,7 +16,17 @@ from torch import nn
 
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
-from replib.branches import AveragePool, Chain, Convolution, Filter, Norm, Piece, Scale, Sum
+from replib.branches import (
+    AveragePool,
+    Chain,
+    Convolution,
+    Filter,
+    Norm,
+    Piece,
+    Scalar,
+    Scale,
+    Sum,
+)
 
 INK, MUTED, LINE = "#1f2933", "#616e7c", "#616e7c"
 GAP, COLUMN_GAP, MARGIN = 14, 16, 18  # between boxes, between branches, around the picture
@@ -210,7 +220,8 @@ def label(piece: Piece) -> list[str]:
     if isinstance(piece, Norm):
         return ["norm"]
     if isinstance(piece, Scale):
-        return ["scale"] if piece.weight.requires_grad else ["constant scale"]
+        kind = "one factor" if isinstance(piece, Scalar) else "scale"
+        return [kind] if piece.parameter.requires_grad else [f"constant {kind}"]
     if isinstance(piece, Convolution):
         parts = convolution_parts(piece.in_channels, piece.out_channels, piece.groups)
         parts += ["+ identity"] * piece.offset + ["bias"] * (piece.bias is not None)
