@@ -13,10 +13,10 @@ from typing import NoReturn
 
 from replib.errors import UserError
 
-COMPILE = ("none", "auto", "default", "cudagraphs")
+COMPILE = ("none", "auto", "default", "cudagraphs", "recorded")
 COMPILE_HELP = (
     "the training step (default: auto): none; default: by torch.compile; cudagraphs: and recorded "
-    "as one CUDA graph; auto: where the run is long enough to repay it"
+    "as one CUDA graph; recorded: that alone; auto: where the run is long enough to repay it"
 )
 
 

@@ -147,13 +147,15 @@ def test_the_compiled_step_is_the_eager_step(backend):
     same(compiled.state(), Trained("none").epochs(last=3).state())
 
 
-def test_the_recorded_step_is_the_eager_step(monkeypatch):
+@pytest.mark.parametrize("mode", ["cudagraphs", "recorded"])
+def test_the_recorded_step_is_the_eager_step(mode, monkeypatch):
     """Without a GPU the recording is a stand-in: fixed inputs, warm-up and variants are ours."""
     monkeypatch.setattr(steps, "Recorder", Replayed)
     monkeypatch.setattr(steps, "why_not", lambda device: "nothing to compile with")
     Replayed.made = 0
-    recorded = Trained("cudagraphs").epochs(last=3)
-    assert Replayed.made == 2 and recorded.said == ["not compiled: nothing to compile with here."]
+    recorded = Trained(mode).epochs(last=3)
+    said = ["not compiled: nothing to compile with here."] if mode == "cudagraphs" else []
+    assert Replayed.made == 2 and recorded.said == said
     same(recorded.state(), Trained("none").epochs(last=3).state())
 
 
@@ -276,11 +278,13 @@ def test_auto_looks_at_the_length_of_the_run_and_at_the_compiler(monkeypatch):
     assert chosen("auto", "cpu", **long) == "default" and chosen("auto", "cpu", **short) == "none"
     assert chosen("auto", "cuda", **long) == "cudagraphs"
     assert chosen("auto", "cuda:1", **short) == "none"
+    assert chosen("auto", "cuda", changes=True, **long) == "recorded"
+    assert chosen("auto", "cpu", changes=True, **long) == "none"
     for mode in ("none", "default"):
         assert chosen(mode, "cpu", **short) == mode == chosen(mode, "cuda", **long)
     monkeypatch.setattr(steps, "why_not", lambda device: "there is no compiler")
     assert chosen("auto", "cpu", **long) == "none"
-    for mode, device in (("cudagraphs", "cpu"), ("fast", "cuda")):
+    for mode, device in (("cudagraphs", "cpu"), ("recorded", "cpu"), ("fast", "cuda")):
         with pytest.raises(UserError, match=rf"^compile \(='?{mode}'?\) .*none"):
             chosen(mode, device, **long)
 
@@ -310,7 +314,7 @@ def test_bfloat16_is_of_the_forward_pass_only():
 # -- on a GPU --------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["none", "default", "cudagraphs"])
+@pytest.mark.parametrize("mode", ["none", "default", "cudagraphs", "recorded"])
 def test_on_a_gpu_nothing_waits_and_numbers_agree(mode):
     """Recorded, compiled and eager against the processor, in float64; no step waits for the GPU."""
 

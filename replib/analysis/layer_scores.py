@@ -26,14 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from replib.branches import Convolution
+from replib.methods.dyrep import SCORES
 from replib.networks import outermost_blocks
 
 VERSION = 1  # raise when the numbers change
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (kernels, gradients) as vectors
-    "snip": lambda weight, gradient: (weight * gradient).abs().sum(),
-    "synflow": lambda weight, gradient: (weight * gradient).sum(),
-    "grad_norm": lambda weight, gradient: gradient.norm(),
-}
 
 
 def layer_scores(

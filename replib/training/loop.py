@@ -1,9 +1,10 @@
 """The one training loop: phases of epochs, each with a fresh optimizer and a fresh schedule.
 
 A plain run is one phase. A cycle is several: at the start of each, the method restructures the
-network. Everything random is drawn from (seed, purpose, phase, epoch), so a run that is killed and
-resumed computes what the undisturbed run computes, bit for bit on the same CPU where nothing is
-compiled. It stops and goes on between any two steps.
+network. DyRep restructures it between epochs of one phase: the optimizer then keeps what it knows
+of the parameters that stay. Everything random is drawn from (seed, purpose, phase, epoch), so a run
+that is killed and resumed computes what the undisturbed run computes, bit for bit on the same CPU
+where nothing is compiled. It stops and goes on between any two steps.
 
 Within an epoch nothing waits for the device: images, labels, their order and all random numbers of
 the epoch are there at its start, and its loss is read at its end.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,7 @@ from replib.training.data import Dataset, derive
 from replib.training.evaluation import Normalise, Split, accuracy, relative_jump
 from replib.training.loader import Folder
 from replib.training.optimisation import Average, Schedule
-from replib.training.step import Step, adamw, set_rate, sgd
+from replib.training.step import Step, adamw, parameters_of, set_rate, sgd
 
 VERSION = 2  # raise when the numbers of a training run change
 KNOWN = "known"  # the name of rows of `Task.known` beside what is drawn
@@ -96,7 +97,7 @@ class Task:
     groups: Callable[[], list[dict]]  # parameter groups for a new optimizer
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, targets, inputs) -> scalar
     seed: int
-    method: object | None = None  # start_cycle, epoch, after_backward, state_dict: see Cycle
+    method: object | None = None  # replib.methods.cycle.Cycle, or replib.methods.dyrep.DyRep
     device: str = "cpu"
     decoders: int | None = None  # processes that read image files; None: as many as cores
     compile: str = "none"  # of replib.training.step.MODES, not "auto"; after `fit`: what ran
@@ -114,7 +115,8 @@ class Progress:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over this epoch's images
     history: list[dict] = field(default_factory=list)
     restarts: list[dict] = field(default_factory=list)
-    best: dict | None = None  # {"score", "index", "weights"} over the whole run
+    trained: dict | None = None  # of this epoch, once it is over: the structure that was trained
+    best: dict | None = None  # {"score", "index", "weights", "structure"} over the whole run
     phase_best: dict | None = None
 
 
@@ -167,6 +169,7 @@ class Run:
         self.step: Step | None = None
         self.average: Average | None = None
         self.deployed: nn.Module | None = None
+        self.size: dict | None = None  # of the network that is trained, while it stays what it is
         self.images_per_epoch = task.recipe.images(len(task.train))
         self.steps_per_epoch = task.recipe.steps(len(task.train))
         if not self.steps_per_epoch:
@@ -182,9 +185,9 @@ class Run:
         if resume is not None:
             self.progress = Progress(**resume["progress"])
             self.progress.loss = self.progress.loss.to(task.device)
-            self.model.load_state_dict(resume["model"])
-            if task.method is not None:
+            if task.method is not None:  # first the structure, then what is in it
                 task.method.load_state_dict(resume["method"])
+            self.model.load_state_dict(resume["model"])
             self.prepare_step()
             optimizer = self.step.optimizer
             # The recipe says what the groups are; a checkpoint, what they have gathered.
@@ -203,8 +206,9 @@ class Run:
                 rate = self.rate(0)
                 set_rate(self.step.optimizer, rate)
                 self.train_epoch()
+                self.after_epoch()
                 self.record(rate)
-                progress.epoch, progress.batch = progress.epoch + 1, 0
+                progress.epoch, progress.batch, progress.trained = progress.epoch + 1, 0, None
                 progress.loss = torch.zeros_like(progress.loss)
                 self.tick()
                 self.pause()
@@ -242,22 +246,59 @@ class Run:
         if progress.phase and self.task.recipe.next_start == "best":
             model.load_state_dict(progress.phase_best["weights"])
         progress.phase_best = None
-        if method is None:
+        if not hasattr(method, "start_cycle"):
             return
-        first = self.task.train[:PROBE_IMAGES]
-        probe = self.normalise(next(loader.batches(self.images, [first], self.task.device)))
+        probe = self.probe()
+        before = self.outputs(probe)
         with torch.no_grad():
-            before = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
             method.start_cycle(probe)
-            after = copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
-        progress.restarts.append(
-            {
-                "phase": progress.phase,
-                "jump_eval": relative_jump(before[0], after[0]),
-                "jump_train": relative_jump(before[1], after[1]),
-                "same_class": (before[0].argmax(1) == after[0].argmax(1)).double().mean().item(),
-            }
-        )
+        progress.restarts.append({"phase": progress.phase} | self.jumps(before, probe))
+
+    def after_epoch(self) -> None:
+        """Let a method that changes the structure within a phase do so; once in an epoch, also if
+        the run is stopped and goes on before the epoch is recorded."""
+        method, progress = self.task.method, self.progress
+        if not hasattr(method, "after_epoch") or progress.trained is not None:
+            return
+        if self.size is None:
+            numbers = sum(parameter.numel() for parameter in self.model.parameters())
+            flops, _ = training_flops(self.task, teacher=False)
+            self.size = {"training_flops": flops, "training_parameters": numbers}
+        progress.trained, probe = self.size, None
+        if method.due:
+            probe = self.probe()
+            before = self.outputs(probe)
+        with closing(self.inputs_as_in_training()) as inputs:
+            method.after_epoch(inputs)
+        if probe is not None:
+            row = {"phase": progress.phase, "epoch": progress.epoch}
+            progress.restarts.append(row | self.jumps(before, probe))
+        if not self.step.fits:
+            self.size = None
+            known = self.step.optimizer.state
+            self.prepare_step()
+            state = self.step.optimizer.state
+            state.update({p: known[p] for p in parameters_of(self.step.optimizer) if p in known})
+
+    def probe(self) -> Tensor:
+        """Training images, not augmented, on which a jump of the function is measured."""
+        first = self.task.train[:PROBE_IMAGES]
+        return self.normalise(next(loader.batches(self.images, [first], self.task.device)))
+
+    @torch.no_grad()
+    def outputs(self, probe: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits in eval and in train mode, without a trace in the network."""
+        model = self.model
+        return copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
+
+    def jumps(self, before: tuple[Tensor, Tensor], probe: Tensor) -> dict[str, float]:
+        """How far the function has moved from what its outputs were."""
+        after = self.outputs(probe)
+        return {
+            "jump_eval": relative_jump(before[0], after[0]),
+            "jump_train": relative_jump(before[1], after[1]),
+            "same_class": (before[0].argmax(1) == after[0].argmax(1)).double().mean().item(),
+        }
 
     def prepare_step(self) -> None:
         """A fresh optimizer, and a fresh average. The compiled step goes on where only values have
@@ -268,7 +309,7 @@ class Run:
             if not self.task.recipe.carry_momentum:
                 self.step.restart()
             return
-        if self.step is not None:
+        if self.step is not None and self.step.mode != "none":
             torch.compiler.reset()  # what was compiled for the old structure is of no use
         self.deployed = None
         task, recipe = self.task, self.task.recipe
@@ -293,6 +334,7 @@ class Run:
             after_backward=(lambda: None) if method is None else method.after_backward,
             accumulate=recipe.accumulate,
             variant=lambda: getattr(method, "holds", None),
+            others=getattr(method, "tensors", ()),
             precision=recipe.precision,
             compile=task.compile,
             say=task.say,
@@ -323,23 +365,10 @@ class Run:
         if task.known is not None:
             view = drawn["flip"].long() if "flip" in drawn else torch.zeros_like(places)
             drawn[KNOWN] = task.known[view.to(task.device), places.to(task.device)]
-        size, done = recipe.batch_size, progress.batch
-        chunks = order.split(size)[done:]
-        labels = self.labels[order.to(task.device)].split(size)[done:]
-        rows = [value.to(task.device).split(size)[done:] for value in drawn.values()]
         self.names = tuple(drawn)
-        batches = loader.batches(
-            images,
-            chunks,
-            task.device,
-            boxes if boxes is None else boxes[done * size :],
-            interpolation=recipe.augmentation.crop_interpolation,
-            workers=task.decoders,
-        )
+        batches = self.augmented(images, order, drawn, boxes, progress.batch)
         with closing(batches):
-            for i, (x, y) in enumerate(zip(batches, labels, strict=True)):
-                row = [value[i] for value in rows]
-                x = recipe.augmentation.apply(x, dict(zip(drawn, row, strict=True)))
+            for x, y, *row in batches:
                 torch.manual_seed(own + progress.batch)
                 if recipe.schedule.rate_per == "step":
                     set_rate(self.step.optimizer, self.rate(progress.batch))
@@ -350,6 +379,48 @@ class Run:
                 progress.batch += 1
                 self.worked = True
                 self.pause()
+
+    def augmented(
+        self,
+        images: Tensor | Folder,
+        order: Tensor,
+        drawn: dict[str, Tensor],
+        boxes: Tensor | None,
+        done: int = 0,
+    ) -> Iterator[Sequence[Tensor]]:
+        """(images, labels, rows of what was drawn) of the batches of an epoch after `done` ones;
+        see `drawn`."""
+        task, size = self.task, self.task.recipe.batch_size
+        augmentation = task.recipe.augmentation
+        labels = self.labels[order.to(task.device)].split(size)[done:]
+        rows = [value.to(task.device).split(size)[done:] for value in drawn.values()]
+        batches = loader.batches(
+            images,
+            order.split(size)[done:],
+            task.device,
+            boxes if boxes is None else boxes[done * size :],
+            interpolation=augmentation.crop_interpolation,
+            workers=task.decoders,
+        )
+        with closing(batches):
+            for x, y, *row in zip(batches, labels, *rows, strict=True):
+                yield augmentation.apply(x, dict(zip(drawn, row, strict=True))), y, *row
+
+    def inputs_as_in_training(self) -> Iterator[Tensor]:
+        """Batches that the network could have been given in this epoch, as many as are taken; of
+        an order and an augmentation of their own."""
+        task, progress, turn = self.task, self.progress, 0
+        augmentation, classes = task.recipe.augmentation, len(task.data.classes)
+        while True:
+            names = ("inputs", progress.phase, progress.epoch, turn)
+            generator = torch.Generator().manual_seed(derive(task.seed, *names))
+            places = torch.randperm(len(task.train), generator=generator)[: self.images_per_epoch]
+            order, turn = task.train[places], turn + 1
+            images, drawn, boxes = self.drawn(order, generator)
+            with closing(self.augmented(images, order, drawn, boxes)) as batches:
+                for x, y, *row in batches:
+                    rows = dict(zip(drawn, row, strict=True))
+                    yield augmentation.mixed(self.normalise(x), y, classes, rows)[0]
 
     def drawn(
         self, order: Tensor, generator: torch.Generator
@@ -391,10 +462,11 @@ class Run:
                 "phase": progress.phase,
                 "epoch": progress.epoch,
                 "learning_rate": float(f"{rate:.6g}"),
-                "rate": task.method.rate if task.method is not None else None,
+                "rate": getattr(task.method, "rate", None),
                 "train_loss": float(f"{loss:.6g}"),
                 "validation_accuracy": validation,
                 "test_accuracy": test,
+                **(progress.trained or {}),
             }
         )
         self.worked = True
@@ -409,11 +481,14 @@ class Run:
                     weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
                     index = len(progress.history) - 1
                     entry = {"score": score, "index": index, "weights": weights}
+                    entry["structure"] = dict(getattr(task.method, "structure", {}))
                 setattr(progress, name, entry)
 
 
-def training_flops(task: Task) -> tuple[int, int]:
+def training_flops(task: Task, teacher: bool = True) -> tuple[int, int]:
     """(student, teacher) floating-point operations of one training image, forward and backward.
+
+    teacher: whether the loss is asked for those, which otherwise are 0.
 
     Counted by torch's FlopCounterMode on one batch: convolutions and matrix products, two per
     multiply-add. Norms and activations are not counted.
@@ -425,7 +500,9 @@ def training_flops(task: Task) -> tuple[int, int]:
     y = task.data.train_labels[task.train[:n]].to(task.device)
     with FlopCounterMode(display=False) as student:
         F.cross_entropy(model(x), y).backward()
+    if not teacher:
+        return student.get_total_flops() // n, 0
     logits = model(x).detach().requires_grad_()
-    with FlopCounterMode(display=False) as teacher:
+    with FlopCounterMode(display=False) as asked:
         task.loss(logits, y, x)
-    return student.get_total_flops() // n, teacher.get_total_flops() // n
+    return student.get_total_flops() // n, asked.get_total_flops() // n

@@ -1,6 +1,6 @@
 """One training step: forward, loss, backward, clipping, the method's part, the optimizer.
 
-The same step in three ways, `MODES`: eager; with forward, loss and backward compiled by
+The same step in several ways, `MODES`: eager; with forward, loss and backward compiled by
 torch.compile; and, on a GPU, recorded as a whole into one CUDA graph that is replayed. Batches of
 another size than the full one (the last of an epoch) always run eagerly.
 """
@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +23,10 @@ MODES = {
     "none": "every operation is launched by itself",
     "default": "forward, loss and backward are compiled (torch.compile)",
     "cudagraphs": "the same, and the whole step is one CUDA graph; on a GPU only",
+    "recorded": "the whole step is one CUDA graph, and not compiled; on a GPU only",
     "auto": "chosen by the length of the run: see `chosen`",
 }
+RECORDED = ("cudagraphs", "recorded")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Compiling RepVGG-A1 takes about a minute. On a processor that saves a third of each step, so it
@@ -35,24 +37,28 @@ NETWORKS = 64  # structures that one process compiles before it stops to
 WARM_UP = 3  # steps before a recording, as torch.cuda.graphs asks for
 
 
-def chosen(mode: str, device: str, *, flops: float, steps: int) -> str:
+def chosen(mode: str, device: str, *, flops: float, steps: int, changes: bool = False) -> str:
     """What a run of `steps` steps and `flops` training FLOPs in all does under `mode` of MODES.
 
     `auto`: on a GPU "cudagraphs" from `WORTH_STEPS` steps on; on a processor "default" from
     `WORTH_FLOPS` on, where there is a C++ compiler; else "none". By the cell alone, not by a
     clock, so that a run which is stopped and goes on decides alike.
+    changes: whether the structure of the network changes time and again. Compiling it anew takes
+    a minute each time, recording it a second or so: `auto` then compiles nothing.
     Raises: UserError for a mode that the device does not have.
     """
     if mode not in MODES:
         raise UserError(f"compile (={mode!r}) must be one of {', '.join(MODES)}.")
     on_gpu = device.startswith("cuda")
-    if mode == "cudagraphs" and not on_gpu:
-        raise UserError("compile (=cudagraphs) needs a GPU: say default, auto or none.")
+    if mode in RECORDED and not on_gpu:
+        raise UserError(f"compile (={mode}) needs a GPU: say default, auto or none.")
     if mode != "auto":
         return mode
     if on_gpu:
-        return "cudagraphs" if steps >= WORTH_STEPS else "none"
-    return "default" if flops >= WORTH_FLOPS and why_not(device) is None else "none"
+        long = "recorded" if changes else "cudagraphs"
+        return long if steps >= WORTH_STEPS else "none"
+    worth = flops >= WORTH_FLOPS and not changes
+    return "default" if worth and why_not(device) is None else "none"
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
@@ -88,6 +94,7 @@ class Step:
     gradients add up to that of its mean loss: less memory, and norms see a part as one of so many
     GPUs would. `objective` is then given the parts.
     variant: what it does there depends on this value, besides tensors; each has its recording.
+    others: tensors that it changes there, in place; those of model and optimizer apart.
     batch: the length of the first axis of a full batch.
     say: takes a line for the user where compiling fails; the step then goes on without.
     """
@@ -104,6 +111,7 @@ class Step:
         after_backward: Callable[[], None] = lambda: None,
         accumulate: int = 1,
         variant: Callable[[], Hashable] = lambda: None,
+        others: Iterable[Tensor] = (),
         precision: str = "float32",
         compile: str = "none",
         say: Callable[[str], None] = print,
@@ -111,6 +119,7 @@ class Step:
         self.model, self.optimizer, self.batch = model, optimizer, batch
         self.clipped = parameters_of(optimizer) if clipped is None else clipped
         self.clip_norm, self.after_backward, self.variant = clip_norm, after_backward, variant
+        self.others = list(others)
         self.mode, self.say = compile, say
         self.part = math.ceil(batch / accumulate)  # images that go through the network at once
         self.structure = structure(model)
@@ -121,7 +130,7 @@ class Step:
                 return objective(*inputs)
 
         self.eager = self.forward = forward
-        self.compiled = compile == "none"  # nothing is left to be compiled
+        self.compiled = compile in ("none", "recorded")  # nothing is left to be compiled
         self.recorder: Recorder | None = None
         self.recordings: dict[Hashable, Callable[..., Tensor]] = {}
 
@@ -136,7 +145,7 @@ class Step:
             return self.update(self.eager, *inputs)
         if not self.compiled:
             self.compile(*inputs)
-        if self.mode != "cudagraphs":
+        if self.mode not in RECORDED:
             return self.update(self.forward, *inputs)
         variant = self.variant()
         if variant not in self.recordings:
@@ -207,7 +216,7 @@ class Step:
     def left_alone(self) -> Iterator[None]:
         """Put back, at the end, every value that a step changes."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.others]
         tensors += [value for value in states if isinstance(value, Tensor)]
         with torch.no_grad(), torch.random.fork_rng(devices_of(tensors)):
             kept = [tensor.clone() for tensor in tensors]
