@@ -236,8 +236,10 @@ def test_two_devices_stand_side_by_side(write, measurement):
 
 
 def test_nothing_of_a_file_is_markup(write, measurement):
+    measurement["cases"]["cycle"] |= {"status": "failed", "reason": "<reason>"}
     html = page(write(measurement))
-    for text in ("<processor>", "<differ>", "<form>", "<mm>", "equal: <b>"):
+    assert "cycle failed: &lt;reason&gt;" in html
+    for text in ("<processor>", "<differ>", "<form>", "<mm>", "equal: <b>", "<reason>"):
         assert text not in html
 
 
