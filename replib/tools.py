@@ -39,10 +39,10 @@ from replib.experiments.cells import (
     with_teacher,
 )
 from replib.experiments.executor import device_here, run_plan
-from replib.experiments.params import KEY, Cell, apply_settings, in_one_line
+from replib.experiments.params import KEY, Cell, apply_settings, built, in_one_line
 from replib.experiments.store import Store
 from replib.fusing import deployed_copy, fold_norms
-from replib.models import BODIES, build
+from replib.models import BODIES
 from replib.models.repvgg import RepVGGPlus
 from replib.networks import CONVOLUTIONS, TRANSPOSED
 from replib.training.data import DATA, Dataset
@@ -214,7 +214,7 @@ def plan_of(values: dict, store: Store) -> Plan:
     try:
         cell = Cell.model_validate(values)
         with torch.device("meta"):  # shapes only: nothing is drawn or stored
-            build(cell.body, cell.block, classes=10, in_channels=3)
+            built(cell.network, classes=10, in_channels=3)
         if "block" in values and "block" not in inspect.signature(BODIES[cell.body]).parameters:
             raise ValueError("this body has plain layers only, leave --block out")
     except ValidationError as error:

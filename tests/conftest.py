@@ -31,14 +31,10 @@ class Project:
         }
 
     def table(self, name: str, text: str, profile: str = "tiny") -> None:
-        """Add params/NAME/PROFILE.yaml, with Table 2's notebook under its name."""
+        """Add params/NAME/PROFILE.yaml; the notebook of all tables serves it."""
         path = self.folder / "params" / name / f"{profile}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        notebook = (self.folder / "notebooks" / "table2.ipynb").read_text(encoding="utf-8")
-        named = notebook.replace('Page(\\"table2\\"', f'Page(\\"{name}\\"')
-        assert named != notebook
-        (self.folder / "notebooks" / f"{name}.ipynb").write_text(named, encoding="utf-8")
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         """`python -m replib ARGUMENTS` in a process group of its own."""

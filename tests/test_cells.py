@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from replib.experiments.cells import (
-    cycle_of,
     dataset,
     key_of,
+    method_of,
     new_model,
     plan,
     recipe_of,
@@ -15,7 +15,7 @@ from replib.experiments.cells import (
     trained_model,
     versions_of,
 )
-from replib.experiments.params import ADDED, Cell, Table
+from replib.experiments.params import ADDED, Cell, DyRepParams, Table
 from replib.experiments.store import Store, sha256
 from replib.methods import cycle, distill
 from replib.methods.distill import distillation_loss
@@ -127,7 +127,7 @@ def test_every_seed_draws_its_own_initialisation_split_and_redraw():
     assert not torch.equal(first["fc.weight"], second["fc.weight"])
     assert all(torch.equal(v, new_model(one).state_dict()[k]) for k, v in first.items())
     made = [
-        cycle_of(cell.model_copy(update={"cycle": Cell.model_validate(
+        method_of(cell.model_copy(update={"cycle": Cell.model_validate(
             CELL | {"seed": 0, "cycle": {"warmup": 2}}).cycle}), new_model(cell))
         for cell in (one, two)
     ]  # fmt: skip
@@ -171,7 +171,9 @@ def test_a_new_key_at_its_default_changes_no_key():
                    warmup_steps=1, warmup_rate=0.1, warmup_per="epoch", warmup_counts=False,
                    late_steps=1, optimizer="adamw", betas=[0.8, 0.9], epsilon=0.1, ema=0.9,
                    carry_momentum=True, bias_rate=2.0, teacher_mean=[0.5],
-                   teacher_deviation=[0.5])  # fmt: skip
+                   teacher_deviation=[0.5], initialisation="fan_out",
+                   dyrep=DyRepParams(interval=1, last_epoch=1), views=["rotated_90"],
+                   block_options={"identity": False}, plain_sizes=[1])  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

@@ -38,6 +38,16 @@ def test_digits_are_the_bundled_ones_with_a_fixed_test_set():
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
 
 
+def test_digits_are_enlarged_by_whole_pixels():
+    small, large = load("digits"), load("digits", image_size=24)
+    assert large.test_images.shape == (797, 1, 24, 24)
+    for h, w in ((0, 0), (5, 13), (23, 9)):
+        assert torch.equal(large.train_images[..., h, w], small.train_images[..., h // 3, w // 3])
+    assert small.digest == load("digits", image_size=8).digest != large.digest
+    with pytest.raises(UserError, match=r"image_size \(=12\) of the digits must be a multiple"):
+        load("digits", image_size=12)
+
+
 def test_splits_are_disjoint_and_drawn_by_the_seed():
     digits = load("digits")
     one, two = (split(digits, images=200, held_out=50, protocol="clean", seed=s) for s in (0, 1))

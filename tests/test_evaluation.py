@@ -40,6 +40,26 @@ def test_a_split_that_was_left_early_is_whole_the_next_time(few):
     assert sum(map(len, split.inputs())) == len(split) == 797
 
 
+def test_views_turn_the_images_and_not_the_labels(few):
+    """Against the same images, turned and flipped pixel by pixel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    split = Split.test(DIGITS, "cpu")
+    x, labels = torch.cat(list(split.inputs())), DIGITS.test_labels
+    n, turned = 8, {name: torch.empty_like(x) for name in evaluation.VIEWS}
+    for h in range(n):
+        for w in range(n):
+            turned["rotated_90"][:, :, n - 1 - w, h] = x[:, :, h, w]  # against the clock
+            turned["rotated_180"][:, :, n - 1 - h, n - 1 - w] = x[:, :, h, w]
+            turned["upside_down"][:, :, n - 1 - h, w] = x[:, :, h, w]
+    report = evaluation.deployed_report(model, split, list(turned))
+    for name, images in turned.items():
+        right = (model(images).argmax(1) == labels).float().mean().item()
+        assert report["views"][name] == pytest.approx(right)
+    assert len({report["test_accuracy"], *report["views"].values()}) == 4, "they differ"
+    assert "views" not in evaluation.deployed_report(model, split)
+
+
 def test_accuracy_counts_the_images_that_are_named(few):
     """A network that knows the label by the first pixel of the image; some labels are wrong."""
     data = DIGITS

@@ -24,6 +24,13 @@ COUNTS = {  # (body, block, classes): parameters in training, and deployed; spec
     ("cifar_repvgg_b3", "repvgg", 10): (6_939_402, 6_228_618),
     ("cifar_vgg16", None, 10): (14_986_698, None),
     ("cifar_vgg16", None, 100): (15_032_868, None),
+    ("cifar_quick", "convbn", 10): (117_034, 116_906),  # by hand, as the next three
+    ("projected_resnet56", "convbn", 10): (855_770, 853_642),
+    ("wide_resnet16_8", "convbn", 10): (10_961_370 + 2 * (16 + 128 + 256), None),
+    ("densenet40", "convbn", 10): (1_019_722, None),
+    ("alexnet", "convbn", 1000): (61_100_840 + 1_152, 61_100_840),  # torchvision's, with norms
+    ("repvgg_b0_with_relus", None, 1000): (15_817_960, None),
+    ("repvgg_b0_residual", "convbn", 1000): (14_391_464, 14_384_552),
     ("cifar_resnet101", None, 100): (42_697_380, None),
     ("cifar_resnet110", None, 10): (1_727_962, None),
     ("resnet18", "convbn", 1000): (11_689_512, 11_684_712),
@@ -90,7 +97,9 @@ SMALL += [
     "mobileone_s4",
     "repvgg_a0",
 ]
-ALSO = ["resnext50_32x4d", "wide_resnet18_2", "repvgg_b1g4", "replknet_31b", "repmlpnet_t224"]
+SMALL += ["cifar_quick", "densenet40", "repvgg_b0_with_relus", "repvgg_b0_residual", "alexnet"]
+ALSO = ["projected_resnet56", "wide_resnet16_8", "alexnet_with_11"]
+ALSO += ["resnext50_32x4d", "wide_resnet18_2", "repvgg_b1g4", "replknet_31b", "repmlpnet_t224"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +108,7 @@ ALSO = ["resnext50_32x4d", "wide_resnet18_2", "repvgg_b1g4", "replknet_31b", "re
 @torch.no_grad()
 def test_images_go_in_and_classes_come_out(body):
     torch.manual_seed(0)
-    pixels = 224 if body == "repmlpnet_t224" else 8 if body == "digits" else 32
+    pixels = {"repmlpnet_t224": 224, "digits": 8}.get(body, 63 if "alexnet" in body else 32)
     channels = 1 if body == "digits" else 2
     model = BODIES[body](classes=7, in_channels=channels)
     x = torch.randn(2, channels, pixels, pixels)
@@ -129,6 +138,13 @@ def test_a_body_takes_any_family(body, block):
         "wide_resnet18_2",
         "mobilenet_v1",
         "repvgg_a1",
+        "cifar_vgg16",
+        "cifar_quick",
+        "projected_resnet56",
+        "wide_resnet16_8",
+        "densenet40",
+        "alexnet",
+        "repvgg_b0_residual",
     ],
 )
 def test_width_multiplies_all_widths(body):
@@ -147,6 +163,27 @@ def test_width_multiplies_all_widths(body):
 def test_a_fixed_width_is_said():
     with pytest.raises(ValueError, match=r"width \(=0.5\).*cifar_resnet56"):
         build("cifar_resnet56", "convbn", classes=7, in_channels=3, width=0.5)
+
+
+@pytest.mark.parametrize("side", [8, 16, 32])
+def test_vgg_takes_small_images(side):
+    with torch.device("meta"):
+        model = build("cifar_vgg16", "dbb", classes=7, in_channels=1, width=0.125)
+        assert model(torch.empty(2, 1, side, side)).shape == (2, 7)
+
+
+def test_which_layers_of_alexnet_become_blocks():
+    for body, families in (("alexnet", {1: "ConvBN", 4: "ACB"}), ("alexnet_with_11", {5: "ACB"})):
+        model = made(body, "acb", 10)
+        found = [type(m).__name__ for m in model.modules() if type(m) in BLOCKS.values()]
+        assert {found.count(name): name for name in set(found)} == families
+
+
+def test_a_network_of_preactivations_has_a_norm_behind_blocks_only():
+    plain, blocks = (made("wide_resnet16_8", block, 10) for block in ("convbn", "acb"))
+    bare = [m for m in plain.modules() if isinstance(m, BLOCKS["convbn"])]
+    assert len(bare) == 15 and all(len(block.branches["conv"]) == 1 for block in bare)
+    assert len([m for m in blocks.modules() if isinstance(m, BLOCKS["acb"])]) == 12
 
 
 def test_where_a_resnet_is_reparameterized():

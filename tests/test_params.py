@@ -67,6 +67,33 @@ BAD_SETTINGS = {
     "too much smoothing": ("cell.label_smoothing=2", ["cell.label_smoothing (=2)"]),
     "no width": ("cell.width=0", ["cell.width (=0)", "greater than 0"]),
     "the width of a body that has one": ("cell.width=2", ["width (=2.0)", "digits are fixed"]),
+    "an option that the family lacks": (
+        "rows.plain.set={block_options: {foo: 1}}",
+        ["row plain", "block_options", "no option 'foo'", "norms"],
+    ),
+    "options of a fixed body": (
+        "rows.plain.set={body: cifar_resnet56, block_options: {norms: sum}}",
+        ["block_options", "layers of cifar_resnet56 are fixed"],
+    ),
+    "an option of another type": (
+        "rows.plain.set={block_options: {without: 3}}",
+        ["block=convbn", "block_options (={'without': 3})"],
+    ),
+    "an option that is a mapping": (
+        "rows.plain.set={block_options: {norms: {a: 1}}}",
+        ["block_options.norms (={'a': 1})", "finite number"],
+    ),
+    "an infinite option": (
+        "rows.plain.set={block_options: {norms: [.inf]}}",
+        ["block_options.norms (=[inf])", "finite number"],
+    ),
+    "the options of another row's network": (
+        "rows.repvgg.set={block_options: {without: [1x1]}}",
+        ["block_options (=None)", "starts from", "repvgg (={'without': ['1x1']})"],
+    ),
+    "an unknown view": ("cell.views=[mirrored]", ["cell.views.0 (='mirrored')", "rotated_90"]),
+    "an accuracy above all": ("rows.plain.paper_accuracy=101", ["paper_accuracy (=101)"]),
+    "a size of CIFAR": ("cell={data: cifar10, image_size: 16}", ["image_size", "or digits only"]),
     "a block that is not there": (
         "recipes.cycles.cycle.blocks=[stem]",
         ["blocks (='stem')", "stages.0.0.block"],

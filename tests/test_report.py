@@ -9,8 +9,9 @@ import pytest
 from conftest import TINY, Project
 
 from replib.__main__ import main
+from replib.experiments.cells import new_model
 from replib.report import render
-from replib.report.page import Page
+from replib.report.page import Page, number
 from replib.report.results import Results
 from replib.training import loop
 
@@ -44,7 +45,10 @@ def with_evil_strings(project: Project) -> None:
     text = text.replace('label: "Control"', f"label: '{EVIL}'").replace(
         "proxy:", f"claims:\n- {{text: '{EVIL}', source: '{EVIL}', confidence: read}}\nproxy:"
     )
-    assert text.count("<script>") == 5
+    text = text.replace(
+        "control: control", "method: '## A *way*, <script>1 & 2</script>'\ncontrol: control"
+    )
+    assert text.count("<script>") == 6
     project.table("evil9", text)
 
 
@@ -90,7 +94,8 @@ def test_pages_request_nothing(page):
 def test_the_page_shows_everything(page, home):
     reader, text = offline(page), page.read_text(encoding="utf-8")
     words = " ".join(reader.text)
-    assert len([s for s in reader.all("src") if s.startswith("data:image/png;base64,")]) >= 3
+    assert len([s for s in reader.all("src") if s.startswith("data:image/png;base64,")]) >= 2
+    assert "A <em>way</em>, &lt;script&gt;1 &amp; 2" in text
     assert reader.tags.count("table") >= 3 and "95 %" in words
     for expected in ("verdict", "not comparable", "accuracy", "deployed FLOPs", "commit", "torch"):
         assert expected in words, expected
@@ -156,7 +161,7 @@ def test_a_mistake_in_the_notebook_leaves_the_old_page(page, home, capfd):
 @pytest.mark.slow
 def test_a_failing_notebook_leaves_the_old_page(page, home):
     before, files = page.read_bytes(), sorted(page.parent.iterdir())
-    notebook = home.folder / "notebooks" / "evil9.ipynb"
+    notebook = home.folder / "notebooks" / "table.ipynb"
     whole = notebook.read_text()
     notebook.write_text(whole.replace('"page.summary()"', '"1 / 0"'))
     try:
@@ -178,6 +183,31 @@ def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, c
     assert main(["reports"]) == 0
     assert ("tiny9", "tiny", []) in asked and not [w for w in asked if w[0] == "table2"]
     assert os.environ["REPLIB_TRAIN"] == "0", "what the notebook's train cell looks at"
+
+
+def test_what_the_paper_has_stands_beside_what_was_found(home):
+    plain = Page("tiny9", "tiny")
+    assert "in the paper" not in plain.summary().data and plain.views().data == ""
+    stated = Page("tiny9", "tiny", ["rows.official.paper_accuracy=70.12"])
+    shown = stated.summary().data
+    assert "<th>in the paper, %</th>" in shown and shown.count("<td>70.12</td>") == 1
+    assert shown.count("</th>") == plain.summary().data.count("</th>") + 1
+    turned = "rows.official.paper_views={upside_down: 41.5}"
+    views = Page("tiny9", "tiny", ["cell.views=[upside_down]", turned]).views().data
+    assert "upside down, %" in views and views.count("<td>41.50</td>") == 1
+
+
+def test_the_table_of_costs_says_how_many_numbers_are_trained(home):
+    page = Page("tiny9", "tiny")
+    found = page.training_parameters("control")
+    model = new_model(page.cell("control"))
+    assert found == sum(parameter.numel() for parameter in model.parameters())
+    assert number(found) in page.costs().data
+    changed = "{block: dbb, block_options: {without: [avg]}}"
+    rows = ("base", "control", "official", "preserving", "distilled")
+    settings = [f"rows.{row}.set={changed}" for row in rows]
+    other = Page("tiny9", "tiny", settings)
+    assert other.network("control") == "digits, dbb, without = ['avg']"
 
 
 def test_without_training_the_train_cell_trains_nothing(project, monkeypatch):

@@ -2,15 +2,25 @@
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from replib.__main__ import main
+from replib.report.render import GENERIC, notebook_of
 from replib.report.results import Results
+
+WITH_NOTEBOOKS = ["bfloat16", "repan-ablation", "table3"]
+OTHERS = sorted(
+    path.name
+    for path in (ROOT / "params").iterdir()
+    if not (ROOT / "notebooks" / f"{path.name}.ipynb").exists()
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["bfloat16", "repan-ablation", "table3"])
+@pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, *OTHERS])
 def test_the_smoke_profile_makes_a_page(project, table):
+    assert (notebook_of(table) == GENERIC) == (table in OTHERS)
     status, _, error = project.run(
         "reproduce", table, "--profile", "smoke", "--set", "seeds=[0]", "--workers", "1"
     )
@@ -21,6 +31,41 @@ def test_the_smoke_profile_makes_a_page(project, table):
         assert results.table.rows[row].label.split(": ")[-1] in page
         assert results.accuracy(row) is not None
     assert "Traceback" not in page
+
+
+def keys(table, profile, row):
+    found = Results(table, profile).plan.by_row
+    return {seed: key for (name, seed), key in found.items() if name == row}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (("dbb-table2", "quick", "resnet18_base"), ("dbb-table4", "quick", "base")),
+        (("dbb-table2", "quick", "resnet18_dbb"), ("dbb-table4", "quick", "whole")),
+        (("repvgg-table6", "quick", "both"), ("repvgg-table7", "quick", "whole")),
+    ],
+    ids=str,
+)
+def test_rows_that_are_the_same_are_trained_once(one, other):
+    assert keys(*one) == keys(*other)
+
+
+@pytest.mark.parametrize("table", OTHERS)
+def test_profiles_on_digits_are_planned_and_differ_row_from_row(table):
+    """Every row is another cell, so that no difference of a table is a slip in its file."""
+    for profile in ("quick", "smoke"):
+        results = Results(table, profile)
+        assert len({*results.plan.by_row.values()}) == len(results.plan.by_row), profile
+
+
+def test_the_papers_gain_is_the_difference_of_its_accuracies():
+    results = Results("dbb-table4", "smoke", ["rows.base.paper_accuracy=69.54",
+        "rows.whole.paper_accuracy=70.99", "rows.linear_whole.paper_accuracy=70.12",
+        "rows.double.published_gain=0.3", "rows.double.paper_accuracy=69.81"])  # fmt: skip
+    found = {row: results.paper_gain(row) for row in results.rows}
+    stated = {"whole": 1.45, "linear_whole": -0.87, "double": 0.3, "base": 0}
+    assert {row: gain for row, gain in found.items() if gain is not None} == stated
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from replib.blocks.block import FEATURES, RepBlock
 from replib.blocks.convbn import ConvBN
 from replib.blocks.dbb import DBB, Rep
 from replib.blocks.dyrep import DyRep
-from replib.blocks.linear import CSLA, ExpandNet, QARepVGG
+from replib.blocks.linear import CSLA, Dirac, ExpandNet, QARepVGG
 from replib.blocks.mobileone import Duplicate, MobileOne
 from replib.blocks.orepa import OREPA, OREPA1x1, OREPARepVGG, OREPAStem, OREPAStemBase
 from replib.blocks.replk import RepLK
@@ -29,6 +29,7 @@ BLOCKS: dict[str, type[RepBlock]] = {
     "expandnet": ExpandNet,
     "csla": CSLA,
     "qarepvgg": QARepVGG,
+    "dirac": Dirac,
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from replib.blocks.block import OFF_CENTRE, Geometry, RepBlock
-from replib.branches import Chain, Piece
+from replib.branches import Chain, Convolution, Piece
 
 
 class CSLA(RepBlock):
@@ -48,6 +52,35 @@ class QARepVGG(RepBlock):
     def declare(self, g: Geometry) -> dict[str, Piece]:
         branches = {"dense": Chain(g.conv(), g.norm()), "1x1": g.conv(1)}
         return branches | ({"identity": g.identity()} if g.keeps_shape else {})
+
+
+class UnitFilters(Convolution):
+    """A convolution by its weight's directions: every filter is divided by its length."""
+
+    put = Piece.put  # a direction alone cannot be any kernel
+
+    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = super().effective_weight(dtype)
+        return F.normalize(weight.flatten(1)).view_as(weight)
+
+
+class Dirac(RepBlock):
+    """a identity + b W / |W|, where shapes allow, behind one norm; it cannot be inverted.
+
+    a and b are factors per channel, W / |W| the filters of unit length.
+    Source: Zagoruyko and Komodakis, "DiracNets: Training Very Deep Neural Networks Without
+    Skip-Connections", 2017, section 3 (initial factors: released code).
+    """
+
+    main_name = "conv"
+    post_normed = True
+    cannot = OFF_CENTRE
+
+    def declare(self, g: Geometry) -> dict[str, Piece]:
+        shape = {"dilation": g.dilation, "groups": g.groups}
+        conv = UnitFilters(g.in_channels, g.out_channels, g.kernel_size, **shape)
+        branches: dict[str, Piece] = {"conv": Chain(conv, g.scale(0.1))}
+        return branches | ({"identity": g.scale()} if g.keeps_shape else {})
 
 
 class ExpandNet(RepBlock):

@@ -20,12 +20,12 @@ from replib import machine
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import teachers
-from replib.experiments.params import KEY, Cell, Table
+from replib.experiments.params import KEY, Cell, Table, built
 from replib.experiments.store import Store, home, sha256
 from replib.experiments.weights import file_digest, fill, located, state_of
 from replib.fusing import deployed_copy
-from replib.methods import cycle, distill
-from replib.models import BODY_VERSIONS, build
+from replib.methods import cycle, distill, dyrep
+from replib.models import BODY_VERSIONS
 from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
 from replib.training.evaluation import Split, accuracy, deployed_report
@@ -87,6 +87,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
         versions[f"body:{cell.body}"] = BODY_VERSIONS[cell.body]
     if cell.cycle is not None:
         versions["cycle"] = cycle.VERSION
+    if cell.dyrep is not None:
+        versions |= {"dyrep": dyrep.VERSION, "block:dyrep": BLOCKS["dyrep"].version}
     if cell.distill is not None:
         versions["distill"] = distill.VERSION
     return versions
@@ -242,7 +244,8 @@ def new_model(cell: Cell) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(cell.seed, "initialisation"))
         shape = {"classes": len(data.classes), "in_channels": data.in_channels}
-        return build(cell.body, cell.block, width=cell.width, **shape)
+        model = built(cell.network, **shape)
+        return dyrep.initialised(model) if cell.initialisation == "fan_out" else model
 
 
 def trained_model(planned: Planned, store: Store) -> nn.Module:
@@ -257,15 +260,25 @@ def trained_model(planned: Planned, store: Store) -> nn.Module:
             + (f" ({problem})" if problem else "")
             + ": run the table again, it trains what is missing."
         )
-    model = new_model(planned.cell)
     try:
-        model.load_state_dict(weights["model"])
+        model = with_weights(planned.cell, weights)
     except RuntimeError:
         raise UserError(
             f"the weights of cell {planned.key[:16]} do not fit its network: an older version of "
             f"the code made them; remove {store.folder(planned.key)} and run again."
         ) from None
     return model.eval()
+
+
+def with_weights(cell: Cell, weights: dict) -> nn.Module:
+    """The network of a cell with weights of its training, and with the structure they are of.
+
+    Raises: RuntimeError, KeyError or AttributeError where they are of another network.
+    """
+    model = new_model(cell)
+    dyrep.rebuild(model, weights.get("structure", {}))
+    model.load_state_dict(weights["model"])
+    return model
 
 
 def load_start(model: nn.Module, cell: Cell, path: str) -> None:
@@ -313,7 +326,7 @@ def run_cell(
     teacher = teacher_of(planned, plan_cells, store)
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
-    method, recipe = cycle_of(cell, model), recipe_of(cell)
+    method, recipe = method_of(cell, model), recipe_of(cell)
     task = Task(
         model=model,
         data=data,
@@ -331,6 +344,7 @@ def run_cell(
             device,
             flops=cost_of(planned, plan_cells),
             steps=planned.epochs * recipe.steps(len(splits.train)),
+            changes=cell.dyrep is not None,
         ),
         say=say,
     )
@@ -371,8 +385,14 @@ def run_cell(
         deadline=deadline,
         tick=tick,
     )
-    model.load_state_dict(progress.best["weights"])
     flops, teacher_flops = loop.training_flops(task)
+    per_epoch = [row.get("training_flops", flops) for row in progress.history]
+    best = {"model": progress.best["weights"]}
+    if cell.dyrep is None:
+        model.load_state_dict(best["model"])
+    else:  # it may have had another structure then
+        best["structure"] = progress.best["structure"]
+        model = with_weights(cell, best).to(memory_format=torch.channels_last)
     seen = planned.epochs * images
     asked += planned.epochs * (left_over(images, batch, part) if task.known is not None else images)
     selected = progress.history[progress.best["index"]]
@@ -384,7 +404,7 @@ def run_cell(
         "images": {"train": len(splits.train), "held_out": len(splits.validation)},
         "history": columns(progress.history),
         "restarts": columns(progress.restarts),
-        "kept_blocks": method.kept if method is not None else {},
+        "kept_blocks": method.kept if cell.cycle is not None else {},
         "final": {
             "last": progress.history[-1]["test_accuracy"],
             "validation_best": best_of(progress.history, "validation_accuracy"),
@@ -393,19 +413,21 @@ def run_cell(
             "selected_epoch": progress.best["index"],
             "selected": selected["test_accuracy"],
         },
-        "deployed": deployed_report(model, Split.test(data, device)),
+        "deployed": deployed_report(model, Split.test(data, device), cell.views),
         "compute": {
             "epochs": planned.epochs,
-            "training_flops": flops * seen,
+            "training_flops": sum(per_epoch) * images,
             "teacher_flops": teacher_flops * seen,  # of one that is asked at every step
         },
     }
+    if cell.dyrep is not None:
+        result["adjustments"] = columns(method.log)
     how = {}
     if teacher is not None:
         result["teacher"] = teacher_report(planned, plan_cells, teacher, Split.test(data, device))
         known = "asked at every step" if task.known is None else "computed once"
         how = {"teacher": {"logits": known, "flops": teacher_flops * asked}}
-    store.save(key, "weights", {"model": progress.best["weights"]})
+    store.save(key, "weights", best)
     seconds = spent + time.monotonic() - started
     store.write(key, result, context(device, seconds, cell.precision, task.compile) | how)
 
@@ -437,7 +459,7 @@ def cost_of(planned: Planned, plan_cells: dict[str, Planned]) -> float:
 def network_of(cell: Cell) -> tuple:
     """What `forward_flops` needs to know of a cell."""
     data = dataset(cell)
-    return cell.body, cell.block, cell.width, len(data.classes), image_shape(cell)
+    return cell.network, len(data.classes), image_shape(cell)
 
 
 def image_shape(cell: Cell) -> tuple[int, int, int]:
@@ -448,21 +470,20 @@ def image_shape(cell: Cell) -> tuple[int, int, int]:
 
 
 @functools.lru_cache
-def forward_flops(
-    body: str, block: str, width: float, classes: int, shape: tuple[int, int, int]
-) -> int:
-    """FLOPs of the training form's forward pass on one image of `shape` (C, H, W)."""
+def forward_flops(network: tuple, classes: int, shape: tuple[int, int, int]) -> int:
+    """FLOPs of the training form's forward pass of `Cell.network` on one image of (C, H, W)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
-        model = build(body, block, classes=classes, in_channels=shape[0], width=width)
+        model = built(network, classes=classes, in_channels=shape[0])
         model(torch.empty(2, *shape))
     return counter.get_total_flops() // 2
 
 
-def cycle_of(cell: Cell, model: nn.Module) -> cycle.Cycle | None:
-    """The cycle of a cell, or None for plain training."""
-    if cell.cycle is None:
-        return None
-    return cycle.Cycle(model, **cell.cycle.model_dump(), seed=derive(cell.seed, "redraw"))
+def method_of(cell: Cell, model: nn.Module) -> cycle.Cycle | dyrep.DyRep | None:
+    """What restructures the network of a cell, or None for plain training."""
+    for kind, params in ((cycle.Cycle, cell.cycle), (dyrep.DyRep, cell.dyrep)):
+        if params is not None:
+            return kind(model, **params.model_dump(), seed=derive(cell.seed, "redraw"))
+    return None
 
 
 def recipe_of(cell: Cell) -> Recipe:
@@ -497,6 +518,14 @@ def loss_of(cell: Cell, teacher: nn.Module | None) -> Callable[..., Tensor]:
         )
 
     return distilled
+
+
+@functools.lru_cache
+def training_parameters(network: tuple, classes: int, in_channels: int) -> int:
+    """How many numbers of `Cell.network` are trained."""
+    with torch.device("meta"):
+        model = built(network, classes=classes, in_channels=in_channels)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def columns(rows: list[dict]) -> dict[str, list]:

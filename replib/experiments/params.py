@@ -19,13 +19,16 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE, Cycle
+from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
 from replib.models import BODIES, build
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
+from replib.training.evaluation import VIEWS
 from replib.training.optimisation import DECAY, RATE_PER, SCHEDULES, Schedule
 from replib.training.step import OPTIMIZERS, PRECISIONS
 
@@ -34,12 +37,13 @@ Count = Annotated[int, Field(ge=0, le=2**31)]
 Pixels = Annotated[int, Field(ge=0, le=100)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Above = Annotated[float, Field(gt=0, le=100)]
 Channels = Annotated[list[float], Field(min_length=1, max_length=3)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
 Restructure, Freeze = Literal[tuple(RESTRUCTURE)], Literal[tuple(FREEZE)]
-RateSchedule = Literal[tuple(RATE_SCHEDULES)]
+RateSchedule, View = Literal[tuple(RATE_SCHEDULES)], Literal[tuple(VIEWS)]
 
 
 class Strict(BaseModel):
@@ -62,6 +66,19 @@ class CycleParams(Strict):
     calibrate: bool = False  # measure running statistics anew after the restore
 
 
+class DyRepParams(Strict):
+    """Branches that grow and are cut in training (replib.methods.dyrep.DyRep)."""
+
+    interval: Positive  # epochs between adjustments
+    last_epoch: Positive  # from this epoch on, the structure stays
+    score: Literal[CHOICES] = "synflow"
+    fidelity: Literal[tuple(FIDELITIES)] = "official"
+    cut: bool = True  # whether weak branches are cut
+    slope: Annotated[float, Field(gt=0, le=1)] = SLOPE  # of the last norm of a new branch
+    calibration_batches: Annotated[int, Field(ge=0, le=10**4)] = 20  # for the norms of a new block
+    recalibration_batches: Annotated[int, Field(ge=0, le=10**4)] = 0  # all norms, other epochs
+
+
 class DistillParams(Strict):
     """RepAn's distillation loss (replib.methods.distill)."""
 
@@ -74,15 +91,21 @@ class Cell(Strict):
 
     data: Data
     data_dir: str | None = None  # where the data lie: not part of the key, their digest is
-    image_size: Positive | None = None  # pixels of a side, after the centre crop of testing
+    # Pixels of a side, after the centre crop of testing; of the digits, a multiple of 8.
+    image_size: Positive | None = None
     image_resize: Positive | None = None  # the shorter side before that crop (224 of 256, say)
     classes: Positive | None = None  # of an image folder: the first ones by name; None: all
     train_images: Positive | None = None  # drawn anew for every seed; None: all
     held_out: Count = 0  # of these, images that select the checkpoint (clean protocol)
     protocol: Literal["clean", "paper"] = "clean"
+    views: list[View] = []  # of the test images, on which the deployed network is tested too
     seed: Count
     body: Body
     block: Block = "repvgg"
+    block_options: dict[str, Any] | None = None  # of the family, for every block of the network
+    plain_sizes: Annotated[list[Positive], Field(min_length=1)] | None = (
+        None  # of kernels: no block
+    )
     width: Annotated[float, Field(gt=0, le=16)] = 1.0  # multiplies all widths of the body
     phases: Positive = 1
     epochs: Positive  # of one phase
@@ -139,7 +162,10 @@ class Cell(Strict):
     mix_each: bool = False
     label_smoothing: Fraction = 0.0
     next_start: Literal["best", "last"] = "best"
+    # "fan_out": kernels of convolutions normal by their fan-out, as in DyRep's released networks.
+    initialisation: Literal["family", "fan_out"] = "family"
     cycle: CycleParams | None = None
+    dyrep: DyRepParams | None = None
     distill: DistillParams | None = None
     start: str | None = None  # key of a parent cell, or path of a checkpoint
     teacher: str | None = None  # key of a parent cell, or "NAME:DIGEST" of one from outside
@@ -151,8 +177,11 @@ class Cell(Strict):
     def consistent(self):
         """Rules between keys."""
         for name in ("image_size", "image_resize", "classes"):
-            if getattr(self, name) is not None and self.data != "imagefolder":
-                raise ValueError(f"{name} (={getattr(self, name)}) is for data=imagefolder only")
+            allowed = ("imagefolder", "digits") if name == "image_size" else ("imagefolder",)
+            if getattr(self, name) is not None and self.data not in allowed:
+                raise ValueError(
+                    f"{name} (={getattr(self, name)}) is for data={' or '.join(allowed)} only"
+                )
         try:
             self.augmentation()
             self.rate_schedule()
@@ -161,6 +190,14 @@ class Cell(Strict):
         self.optimisation_is_consistent()
         if (self.distill is None) != (self.teacher is None):
             raise ValueError("distill and teacher must be given together")
+        for name, value in (self.block_options or {}).items():
+            for one in value if isinstance(value, list) else [value]:
+                known = isinstance(one, bool | int | float | str)
+                if not known or (isinstance(one, float) and not math.isfinite(one)):
+                    raise ValueError(
+                        f"block_options.{name} (={short(value)}) must be a finite number, a text, "
+                        "true or false, or a list of these"
+                    )
         mean, deviation = self.teacher_mean, self.teacher_deviation
         if (mean is None) != (deviation is None) or len(mean or ()) != len(deviation or ()):
             raise ValueError(
@@ -175,7 +212,30 @@ class Cell(Strict):
                     f"cycle.warmup (={self.cycle.warmup}) with freeze={self.cycle.freeze} must be "
                     f"below epochs (={self.epochs}): the main branch would never train"
                 )
+        if self.dyrep is not None:
+            self.growth_is_consistent()
         return self
+
+    def growth_is_consistent(self) -> None:
+        """Rules between dyrep and the other keys. Raises: ValueError."""
+        wrong = {
+            "phases": self.phases > 1,
+            "ema": self.ema > 0,
+        }
+        for name in (name for name, found in wrong.items() if found):
+            default = Cell.model_fields[name].default
+            raise ValueError(
+                f"{name} (={getattr(self, name)}) with dyrep must be (={default}): its structure "
+                "changes within one phase"
+            )
+        if self.cycle is not None:
+            raise ValueError("cycle and dyrep exclude each other: leave one of them out")
+        first, last = self.dyrep.interval, self.dyrep.last_epoch
+        if not first <= last < self.epochs:
+            raise ValueError(
+                f"dyrep.last_epoch (={last}) must be at least dyrep.interval (={first}), so that "
+                f"something grows, and below epochs (={self.epochs}), so that it trains"
+            )
 
     def optimisation_is_consistent(self) -> None:
         """Rules between the keys of optimisation. Raises: ValueError."""
@@ -235,6 +295,17 @@ class Cell(Strict):
         )
 
     @property
+    def network(self) -> tuple:
+        """(body, block, width, options of the block, sizes without a block), as `built` takes it;
+        hashable."""
+        options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in (self.block_options or {}).items()
+        }
+        plain = tuple(self.plain_sizes or ())
+        return self.body, self.block, self.width, tuple(sorted(options.items())), plain
+
+    @property
     def in_key(self) -> dict[str, Any]:
         """The parameters that its key is made of. Keys that were added since the first evidence
         enter it only where they are set, so that the key of no older cell changes."""
@@ -259,7 +330,9 @@ ADDED = {
     "drop_last", "accumulate", "learning_rate_decay", "schedule", "rate_per", "minimum_rate",
     "milestones", "milestone_factor", "warmup_epochs", "warmup_steps", "warmup_rate", "warmup_per",
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
-    "ema", "teacher_mean", "teacher_deviation",
+    "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
+    "initialisation", "dyrep",
+    "views",
 }  # fmt: skip
 
 
@@ -269,7 +342,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
     for name, info in model.model_fields.items():
         optional, kind = copy.copy(info), info.annotation
         optional.default = None
-        for nested in (CycleParams, DistillParams):
+        for nested in (CycleParams, DyRepParams, DistillParams):
             if kind == nested | None:
                 kind = fragment(nested) | None
         if name not in GIVEN:
@@ -298,6 +371,8 @@ class Row(Strict):
     against: str | None = None  # the row that its gain is taken over
     as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
     published_gain: float | None = None  # the paper's gain in points, established ones only
+    paper_accuracy: Percent | None = None  # top-1 in the paper's table, established ones only
+    paper_views: dict[View, Percent] = {}  # the same for views of the test images
     hidden: bool = False  # trained for others (a teacher, a parent), not a row on the page
     variant: str | None = None  # the variant that it belongs to
 
@@ -328,6 +403,7 @@ class Table(Strict):
 
     title: str
     question: str
+    method: str = ""  # what is compared and what to look at, in Markdown; for the table's page
     claims: list[Claim] = []
     notes: list[str] = []
     proxy: str | None = None  # why no result of this profile says anything about the paper's
@@ -520,6 +596,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "claims": Claim,
             "variants": Variant,
             "cycle": CycleParams,
+            "dyrep": DyRepParams,
             "distill": DistillParams,
         }
         for part in loc[:-1]:
@@ -615,13 +692,26 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
     return table
 
 
+def built(network: tuple, *, classes: int, in_channels: int) -> nn.Module:
+    """The network that `Cell.network` says. Raises: ValueError where there is no such network."""
+    body, block, width, options, plain_sizes = network
+    shape = {"classes": classes, "in_channels": in_channels, "plain_sizes": plain_sizes}
+    try:
+        return build(body, block, width=width, block_options=dict(options), **shape)
+    except TypeError as error:  # an option of another type than its family takes
+        raise ValueError(f"block_options (={dict(options)}): {error}") from None
+
+
 @lru_cache(maxsize=1024)
-def buildable(body: str, block: str, width: float, blocks: tuple[str, ...] | None) -> None:
-    """Raises: ValueError where there is no such network, or it has no such blocks."""
+def buildable(network: tuple, blocks: tuple[str, ...] | None, grows: bool) -> None:
+    """Raises: ValueError where there is no such network, or it has no such blocks, or nothing in it
+    that grows."""
     with torch.device("meta"):  # shapes only: nothing is drawn or stored
-        model = build(body, block, classes=10, in_channels=3, width=width)
+        model = built(network, classes=10, in_channels=3)
         if blocks is not None:
             Cycle(model, warmup=1, blocks=blocks)
+        if grows:
+            DyRep(model, interval=1, last_epoch=1)
 
 
 def check_row(table: Table, row: str, where: str) -> None:
@@ -634,15 +724,20 @@ def check_row(table: Table, row: str, where: str) -> None:
         raise in_one_line(error, f"{where}, row {row}") from None
     if spec.start in table.rows:
         parent = table.cell_of(spec.start, table.seeds[0])
-        for key in ("data", "body", "block", "width"):
+        for key in ("data", "body", "block", "width", "block_options", "plain_sizes"):
             if (theirs := parent.get(key, Cell.model_fields[key].default)) != getattr(cell, key):
                 raise UserError(
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
+        if parent.get("dyrep") is not None:
+            raise UserError(
+                f"{where}, row {row}: start (={spec.start!r}) must be a row without dyrep, which "
+                "leaves a network of another structure."
+            )
     chosen = cell.cycle and cell.cycle.blocks
     try:
-        buildable(cell.body, cell.block, cell.width, chosen and tuple(chosen))
+        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None)
     except ValueError as error:
         raise UserError(
             f"{where}, row {row}: body={cell.body}, block={cell.block}: {error}"

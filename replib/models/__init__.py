@@ -1,24 +1,37 @@
 """Bodies by name: BODIES[name](classes=..., in_channels=..., block=...) -> nn.Module.
 
-`block` is a key of `BLOCKS`; a body whose layers are fixed (the ResNet teachers) takes none.
+`block` is a key of `BLOCKS`, or a `Family`: the same with options for every block of the network.
+A body whose layers are fixed (the ResNet teachers) takes none.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from torch import nn
 
 from replib.blocks import BLOCKS
+from replib.blocks.convbn import ConvBN
+from replib.models.acnet import cifar_quick, densenet40, projected_resnet56, wide_resnet16
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
 from replib.models.ghost import repopt_ghostnet
+from replib.models.layers import Family
 from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
 from replib.models.replknet import REPLKNET, replknet
 from replib.models.repmlpnet import REPMLPNET, repmlpnet
-from replib.models.repvgg import REPOPT_VGG, REPVGG, RepVGGPlus, repopt_vgg, repvgg
+from replib.models.repvgg import (
+    REPOPT_VGG,
+    REPVGG,
+    RepVGGPlus,
+    repopt_vgg,
+    repvgg,
+    repvgg_with_relus,
+    residual_repvgg,
+)
 from replib.models.resnet import RESNETS, resnet
-from replib.models.vgg import cifar_vgg16
+from replib.models.vgg import alexnet, cifar_vgg16
 
 __all__ = ["BODIES", "BODY_VERSIONS", "build"]
 
@@ -48,11 +61,19 @@ BODIES = {
     "cifar_resnet110": partial(cifar_resnet, 18),
     "cifar_resnet101": resnet101,
     "cifar_vgg16": cifar_vgg16,
+    "cifar_quick": cifar_quick,
+    "projected_resnet56": projected_resnet56,
+    "wide_resnet16_8": partial(wide_resnet16, 8),
+    "densenet40": densenet40,
+    "alexnet": partial(alexnet, 5),
+    "alexnet_with_11": partial(alexnet, 11),  # its first layer is a block too
     **{name: partial(resnet, name) for name in RESNETS},
     "wide_resnet18_2": partial(resnet, "resnet18", width=2),
     "mobilenet_v1": mobilenet_v1,
     **{f"mobileone_{name}": partial(mobileone, name) for name in MOBILEONE},
     **{f"repvgg_{name}": partial(repvgg, name) for name in REPVGG},
+    "repvgg_b0_with_relus": partial(repvgg_with_relus, "b0"),
+    "repvgg_b0_residual": partial(residual_repvgg, "b0"),
     "repvggplus_l2pse": RepVGGPlus,
     **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
     "repopt_ghostnet_050": partial(repopt_ghostnet, 0.5),
@@ -66,20 +87,43 @@ BODY_VERSIONS: dict[str, int] = {}
 
 
 def build(
-    body: str, block: str, *, classes: int, in_channels: int, width: float = 1.0
+    body: str,
+    block: str,
+    *,
+    classes: int,
+    in_channels: int,
+    width: float = 1.0,
+    block_options: Mapping[str, object] | None = None,
+    plain_sizes: Collection[int] = (),
 ) -> nn.Module:
     """A network by the names of its body and of its block; width multiplies all its widths.
 
-    Raises: ValueError for names that are not known, and where the widths of a body are fixed.
+    block_options: of the family, for every block of the network.
+    plain_sizes: kernel sizes whose convolutions stay plain.
+    Raises: ValueError for names that are not known, and for what is fixed in a body.
     """
     for name, value, known in (("body", body, BODIES), ("block", block, BLOCKS)):
         if value not in known:
             raise ValueError(f"{name} (={value!r}) must be one of {', '.join(known)}.")
     make = BODIES[body]
     known = inspect.signature(make).parameters
-    options: dict = {"block": block} if "block" in known else {}
+    own = block_options or {}
+    options: dict = {"block": Family(block, own, plain_sizes)} if "block" in known else {}
+    if own and not options:
+        raise ValueError(f"block_options (={own}) must be empty: the layers of {body} are fixed.")
+    if unknown := sorted(own.keys() - set(BLOCKS[block].options())):
+        have = ", ".join(BLOCKS[block].options()) or "none"
+        raise ValueError(
+            f"block_options (={own}): {block} has no option {unknown[0]!r}; its options: {have}."
+        )
     if width != 1 and "width" not in known:
         raise ValueError(f"width (={width}) must be 1: the widths of {body} are fixed.")
     if width != 1:
         options["width"] = width * known["width"].default
-    return make(classes=classes, in_channels=in_channels, **options)
+    model = make(classes=classes, in_channels=in_channels, **options)
+    plain = (module for module in model.modules() if isinstance(module, ConvBN))
+    if unused := set(plain_sizes) - {max(module.geometry.kernel_size) for module in plain}:
+        raise ValueError(
+            f"plain_sizes (={sorted(plain_sizes)}): {body} has no convolution of {min(unused)}."
+        )
+    return model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replib.blocks import BLOCKS
+from replib.models.layers import Block, family, supported
 
 DEPTHS = {"a": (1, 2, 4, 14, 1), "b": (1, 4, 6, 16, 1)}
 WIDTH_FACTORS = {  # the first four stages, the last stage
@@ -50,19 +50,19 @@ class StageNet(nn.Module):
         strides: Sequence[int],
         *,
         classes: int,
-        block: str = "repvgg",
+        block: Block = "repvgg",
         in_channels: int = 3,
     ):
         super().__init__()
-        family = BLOCKS[block]
+        make = family(block)
         self.stages = nn.ModuleList()
         channels = in_channels
         for depth, width, stride in zip(depths, widths, strides, strict=True):
             stage = nn.Sequential()
             for i in range(depth):
                 first = i == 0
-                options = {"identity": False} if first and "identity" in family.options() else {}
-                made = family(channels, width, 3, stride=stride if first else 1, **options)
+                options = supported(block, identity=False) if first else {}
+                made = make(channels, width, 3, stride=stride if first else 1, **options)
                 stage.append(ReLUBlock(made))
                 channels = width
             self.stages.append(stage)
@@ -75,7 +75,7 @@ class StageNet(nn.Module):
 
 
 def cifar_repvgg(
-    name: str, width: float = 1.0, *, classes: int, block: str = "repvgg", in_channels: int = 3
+    name: str, width: float = 1.0, *, classes: int, block: Block = "repvgg", in_channels: int = 3
 ) -> StageNet:
     """RepAn's CIFAR body: name a0 to b3, for 32x32 images; `width` scales every stage (ours)."""
     first, last = WIDTH_FACTORS[name]
@@ -94,7 +94,7 @@ def cifar_repvgg(
 
 
 def digits_net(
-    width: int, *, classes: int, block: str = "repvgg", in_channels: int = 1
+    width: int, *, classes: int, block: Block = "repvgg", in_channels: int = 1
 ) -> StageNet:
     """The same layout shrunk to 8x8 images: three stages of one, two and one blocks."""
     return StageNet(

@@ -10,7 +10,7 @@ import math
 
 from torch import nn
 
-from replib.models.layers import Residual, SqueezeExcite, layer, sequence, supported
+from replib.models.layers import Block, Residual, SqueezeExcite, layer, sequence, supported
 
 GHOST = (  # kernel size, width between, width, squeeze-excite, stride
     (3, 8, 16, False, 1),
@@ -38,7 +38,9 @@ def multiple_of_4(width: float) -> int:
     return near + 4 if near < 0.9 * width else near
 
 
-def ghost(block: str, channels: int, width: int, index: int, activation: type | None) -> nn.Module:
+def ghost(
+    block: Block, channels: int, width: int, index: int, activation: type | None
+) -> nn.Module:
     """1x1 layer, then a depthwise block with an identity beside it; (N, C, H, W) -> (N, O, H, W).
 
     index: its place in the stage, from 1; scales of the search start at sqrt(2 / (index + 1)).
@@ -51,7 +53,7 @@ def ghost(block: str, channels: int, width: int, index: int, activation: type | 
 
 
 def repopt_ghostnet(
-    width: float, *, classes: int, block: str = "convbn", in_channels: int = 3
+    width: float, *, classes: int, block: Block = "convbn", in_channels: int = 3
 ) -> nn.Module:
     """RepOpt-GhostNet, `width` 0.5 in the paper: (N, in_channels, H, W) -> (N, classes).
 

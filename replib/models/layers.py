@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replib.blocks import BLOCKS
+from replib.blocks import BLOCKS, RepBlock
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of blocks by its name, and options of its own for every block of a network.
+
+    A family that stands in for it at other kernel sizes takes those of them that it has.
+    plain_sizes: kernel sizes at which a plain convolution stands in for it.
+    """
+
+    name: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    plain_sizes: Collection[int] = ()
+
+    def __call__(self, *shape: int, **options) -> RepBlock:
+        """One block; the options here are stronger than those that the body gives."""
+        if shape[2] in self.plain_sizes:
+            own = BLOCKS[self.name].options()
+            geometry = {name: value for name, value in options.items() if name not in own}
+            return BLOCKS["convbn"](*shape, **geometry)
+        return BLOCKS[self.name](*shape, **options | supported(self, **self.options))
+
+
+Block = str | Family  # what a body's argument `block` may be
+
+
+def family(block: Block) -> Family:
+    """The family that a body's `block` names."""
+    return block if isinstance(block, Family) else Family(block)
 
 
 class SqueezeExcite(nn.Module):
@@ -62,13 +92,14 @@ def sequence(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def supported(block: str, **options) -> dict:
+def supported(block: Block, **options) -> dict:
     """Those of the options that the family has."""
-    return {name: value for name, value in options.items() if name in BLOCKS[block].options()}
+    known = BLOCKS[family(block).name].options()
+    return {name: value for name, value in options.items() if name in known}
 
 
 def layer(
-    block: str | None,
+    block: Block | None,
     in_channels: int,
     out_channels: int,
     kernel_size: int = 3,
@@ -81,7 +112,7 @@ def layer(
     padding: int | None = None,
     **options,
 ) -> nn.Sequential:
-    """A block of a named family and its activation: (N, I, H, W) -> (N, O, H / stride, ...).
+    """A block of a family and its activation: (N, I, H, W) -> (N, O, H / stride, ...).
 
     block None: a plain convolution and its norm instead, as two layers `conv` and `norm`.
     se, post_se: squeeze-excite by that factor before or after the activation.
@@ -95,7 +126,7 @@ def layer(
         parts["norm"] = nn.BatchNorm2d(out_channels)
     else:
         shape = (in_channels, out_channels, kernel_size, stride, padding)
-        parts["block"] = BLOCKS[block](*shape, groups=groups, **options)
+        parts["block"] = family(block)(*shape, groups=groups, **options)
     if se is not None:
         parts["se"] = SqueezeExcite(out_channels, out_channels // se)
     if activation is not None:

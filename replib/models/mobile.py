@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from replib.models.layers import layer, pooled, sequence, supported
+from replib.models.layers import Block, layer, pooled, sequence, supported
 
 MOBILENET_V1 = (  # width, stride of the 13 pairs
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
@@ -26,7 +26,7 @@ MOBILEONE_DEPTHS = (2, 8, 10, 1)
 
 
 def mobilenet_v1(
-    *, classes: int, block: str | None = "convbn", in_channels: int = 3, width: float = 1.0
+    *, classes: int, block: Block | None = "convbn", in_channels: int = 3, width: float = 1.0
 ) -> nn.Module:
     """MobileNetV1: (N, in_channels, H, W) -> (N, classes); width is its paper's multiplier.
 
@@ -45,7 +45,7 @@ def mobilenet_v1(
 
 
 def mobileone(
-    name: str, *, classes: int, block: str = "mobileone", in_channels: int = 3
+    name: str, *, classes: int, block: Block = "mobileone", in_channels: int = 3
 ) -> nn.Module:
     """MobileOne s0 to s4: (N, in_channels, H, W) -> (N, classes)."""
     factors, branches, excited = MOBILEONE[name]

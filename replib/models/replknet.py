@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from replib.models.layers import Residual, layer, pooled, sequence, supported
+from replib.models.layers import Block, Residual, layer, pooled, sequence, supported
 
 REPLKNET = {  # kernel sizes, width, widening of the large-kernel blocks, small kernel
     "31b": ((31, 29, 27, 13), 128, 1, 5),
@@ -18,7 +18,7 @@ DEPTHS = (2, 2, 18, 2)
 
 
 def large_kernel_block(
-    block: str, channels: int, wide: int, kernel_size: int, small: int | None, drop: float
+    block: Block, channels: int, wide: int, kernel_size: int, small: int | None, drop: float
 ) -> Residual:
     """Norm, 1x1, large depthwise kernel, 1x1 beside the input: (N, C, H, W) -> (N, C, H, W)."""
     options = {"groups": wide, **supported(block, small=small)}
@@ -42,7 +42,7 @@ def feed_forward(channels: int, drop: float) -> Residual:
 
 
 def replknet(
-    name: str, *, classes: int, block: str = "replk", in_channels: int = 3, drop: float = 0.5
+    name: str, *, classes: int, block: Block = "replk", in_channels: int = 3, drop: float = 0.5
 ) -> nn.Module:
     """RepLKNet 31b, 31l, xl: (N, in_channels, H, W) -> (N, classes).
 

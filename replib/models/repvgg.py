@@ -13,7 +13,7 @@ from itertools import count
 
 from torch import Tensor, nn
 
-from replib.models.layers import layer, pooled, sequence, supported
+from replib.models.layers import Block, Residual, layer, pooled, sequence, supported
 
 A, B, D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)  # layers per stage after the first
 SIZES = {  # depths, factors on the widths 64, 128, 256, 512
@@ -43,7 +43,7 @@ def widths(size: str, width: float = 1.0) -> list[int]:
 
 
 def stage(
-    block: str,
+    block: Block,
     channels: int,
     width: int,
     depth: int,
@@ -76,7 +76,7 @@ def stage(
 
 
 def repvgg(
-    name: str, *, classes: int, block: str = "repvgg", in_channels: int = 3, width: float = 1.0
+    name: str, *, classes: int, block: Block = "repvgg", in_channels: int = 3, width: float = 1.0
 ) -> nn.Module:
     """RepVGG a0 to b3, b1g2 to b3g4, d2se: (N, in_channels, H, W) -> (N, classes)."""
     size, groups, se = REPVGG[name]
@@ -84,7 +84,7 @@ def repvgg(
 
 
 def repopt_vgg(
-    name: str, *, classes: int, block: str = "convbn", in_channels: int = 3, width: float = 1.0
+    name: str, *, classes: int, block: Block = "convbn", in_channels: int = 3, width: float = 1.0
 ) -> nn.Module:
     """RepOpt-VGG b1 b2 l1 l2: (N, in_channels, H, W) -> (N, classes).
 
@@ -94,8 +94,71 @@ def repopt_vgg(
     return plain_stages(name, block, classes, in_channels, width)
 
 
+class ReLUBranches(nn.Module):
+    """RepVGG's branches, each with an activation of its own: no longer one convolution.
+
+    (N, I, H, W) -> (N, O, H / stride, W / stride). Source: Ding et al., RepVGG, table 7.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        sizes = {"dense": 3, "1x1": 1}
+        self.branches = nn.ModuleDict(
+            {
+                name: layer("convbn", in_channels, out_channels, size, stride)
+                for name, size in sizes.items()
+            }
+        )
+        if in_channels == out_channels and stride == 1:
+            self.branches["identity"] = sequence(norm=nn.BatchNorm2d(in_channels), act=nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branches["dense"](x) + self.branches["1x1"](x)
+        return out + self.branches["identity"](x) if "identity" in self.branches else out
+
+
+def repvgg_with_relus(
+    size: str, *, classes: int, in_channels: int = 3, width: float = 1.0
+) -> nn.Module:
+    """A key of `SIZES` in which every branch has an activation: (N, in_channels, H, W) -> (N,
+    classes). What can be merged is every branch by itself."""
+    channels = widths(size, width)
+    before = [in_channels, *channels]
+    stages = {f"stage{i}": nn.Sequential() for i in range(5)}
+    for i, (stage, depth) in enumerate(zip(stages.values(), (1, *SIZES[size][0]), strict=True)):
+        for j in range(depth):
+            shape = (channels[i] if j else before[i], channels[i], 1 if j else 2)
+            stage.append(ReLUBranches(*shape))
+    return sequence(**stages, **pooled(channels[-1], classes))
+
+
+def residual_repvgg(
+    size: str, *, classes: int, block: Block = "convbn", in_channels: int = 3, width: float = 1.0
+) -> nn.Module:
+    """The layers of a key of `SIZES` in residuals of two, as in ResNet-18: (N, in_channels, H, W)
+    -> (N, classes).
+
+    The first and the last layer stand alone. Source: Ding et al., RepVGG, table 7 ("residual
+    reorg").
+    """
+    channels = widths(size, width)
+    stages: dict[str, nn.Module] = {"stage0": layer(block, in_channels, channels[0], 3, 2)}
+    for i, depth in enumerate(SIZES[size][0][:-1]):
+        stage = stages[f"stage{i + 1}"] = nn.Sequential()
+        for j in range(depth // 2):
+            before, wide, stride = channels[i + (j > 0)], channels[i + 1], 1 if j else 2
+            convs = sequence(
+                conv1=layer(block, before, wide, 3, stride),
+                conv2=layer(block, wide, wide, 3, activation=None),
+            )
+            shortcut = None if j else layer("convbn", before, wide, 1, stride, activation=None)
+            stage.append(Residual(convs, shortcut, nn.ReLU))
+    stages["stage4"] = layer(block, channels[-2], channels[-1], 3, 2)
+    return sequence(**stages, **pooled(channels[-1], classes))
+
+
 def plain_stages(
-    size: str, block: str, classes: int, in_channels: int, width: float = 1.0, **options
+    size: str, block: Block, classes: int, in_channels: int, width: float = 1.0, **options
 ) -> nn.Module:
     """One layer, four stages, a linear classifier."""
     channels, indices = widths(size, width), count(1)
@@ -120,7 +183,7 @@ class RepVGGPlus(nn.Module):
     AUXILIARY = ("stage1", "stage2", "stage3_first")
 
     def __init__(
-        self, *, classes: int, block: str = "repvgg", in_channels: int = 3, auxiliary: bool = True
+        self, *, classes: int, block: Block = "repvgg", in_channels: int = 3, auxiliary: bool = True
     ):
         super().__init__()
         first, *wide = widths("l2")

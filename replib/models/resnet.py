@@ -7,9 +7,11 @@ and RepAn codes: with OREPA all, otherwise those larger than 1x1 and smaller tha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
-from replib.models.layers import Residual, layer, pooled, sequence
+from replib.models.layers import Block, Residual, family, layer, pooled, sequence
 
 RESNETS = {  # bottleneck, layers per stage, groups of the 3x3 convolutions
     "resnet18": (False, (2, 2, 2, 2), 1),
@@ -21,15 +23,20 @@ RESNETS = {  # bottleneck, layers per stage, groups of the 3x3 convolutions
 OREPA = {1: "orepa_1x1", 7: "orepa_stem"}  # the rest of the family
 
 
-def of_size(block: str, kernel_size: int) -> str:
+def of_size(block: Block, kernel_size: int) -> Block:
     """The family that stands for `block` at this kernel size."""
-    if block == "orepa":
-        return OREPA.get(kernel_size, block)
-    return block if 1 < kernel_size < 7 else "convbn"
+    made = family(block)
+    if made.name == "orepa" and kernel_size in OREPA:
+        # What is left out are branches of the 3x3 block.
+        options = {key: value for key, value in made.options.items() if key != "without"}
+        return replace(made, name=OREPA[kernel_size], options=options)
+    if made.name == "orepa":
+        return made
+    return made if 1 < kernel_size < 7 else "convbn"
 
 
 def residual(
-    block: str, channels: int, planes: int, stride: int, bottleneck: bool, groups: int
+    block: Block, channels: int, planes: int, stride: int, bottleneck: bool, groups: int
 ) -> tuple[nn.Module, int]:
     """One residual of the network, and how many channels it gives."""
     one, three, plain = of_size(block, 1), of_size(block, 3), {"activation": None}
@@ -58,7 +65,7 @@ def resnet(
     name: str,
     *,
     classes: int,
-    block: str = "convbn",
+    block: Block = "convbn",
     in_channels: int = 3,
     width: float = 1,
     small_images: bool = False,

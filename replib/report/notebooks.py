@@ -11,13 +11,14 @@ from replib.experiments.params import apply_settings
 from replib.experiments.store import home
 from replib.report.results import profiles
 
+GENERIC = "table"  # the notebook of every table that has none of its own name
 PROOFS = ("proof-*", "why-*")  # what `make proofs` runs
 
 
 def notebooks() -> list[str]:
     """The names of the notebooks that belong to no table."""
     names = {path.stem for path in (home() / "notebooks").glob("*.ipynb")}
-    return sorted(names - profiles().keys())
+    return sorted(names - profiles().keys() - {GENERIC})
 
 
 def proofs() -> list[str]:

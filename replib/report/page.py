@@ -12,14 +12,15 @@ from pathlib import Path
 from types import UnionType
 
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from torch import nn
 
 from replib.analysis.statistics import Estimate
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.errors import UserError
-from replib.experiments.cells import new_model, trained_model
+from replib.experiments.cells import dataset, new_model, trained_model, training_parameters
+from replib.experiments.params import Cell
 from replib.experiments.store import home
 from replib.report.diagram import before_after
 from replib.report.kernel_picture import kernel_picture
@@ -106,6 +107,11 @@ class Page:
             parts.append(f"<p><b>What was claimed.</b></p><ul>{claims}</ul>")
         return HTML("".join(parts))
 
+    def method(self) -> Markdown:
+        """What the table compares, in the words of its profile; markup in them is shown as text."""
+        text = self.table.method.replace("&", "&amp;").replace("<", "&lt;")
+        return Markdown(text)
+
     def block(self) -> HTML:
         """The blocks of this table, as they are trained and as they are deployed."""
         found = [self.example(family, RepBlock | RepMLP, False) for family in self.families]
@@ -170,7 +176,9 @@ class Page:
         """The table: own results beside the published ones."""
         results = self.results
         both = bool(results.published)
-        header = ["", "accuracy, %", *(["published"] if both else []), "gain, points"]
+        of_paper = {row: self.table.rows[row].paper_accuracy for row in results.rows}
+        paper = ["in the paper, %"] if any(v is not None for v in of_paper.values()) else []
+        header = ["", *paper, "accuracy, %", *(["published"] if both else []), "gain, points"]
         header += [*(["published"] if both else []), "over", "verdict"]
         lines = []
         for row in results.rows:
@@ -179,7 +187,8 @@ class Page:
             label = f"<b>{escape(spec.label)}</b>"
             if taught is not None:
                 label += f"<br><small>its teacher: {interval(taught)}</small>"
-            line = [label, interval(results.accuracy(row))]
+            line = [label, *([number(of_paper[row], 2)] if paper else [])]
+            line.append(interval(results.accuracy(row)))
             line += [interval(results.accuracy(row, True))] if both else []
             line += [interval(results.gain(row), True)]
             line += [interval(results.gain(row, True), True)] if both else []
@@ -199,6 +208,24 @@ class Page:
             )
         return HTML(table_html(header, lines, "numbers") + note)
 
+    def views(self) -> HTML:
+        """Accuracy on turned and flipped test images, where the table asks for it."""
+        results, lines = self.results, []
+        for row in results.rows if results.views else ():
+            spec = self.table.rows[row]
+            line = [f"<b>{escape(spec.label)}</b>"]
+            for view in results.views:
+                line.append(interval(results.view_accuracy(row, view, results.fallback)))
+                line.append(number(spec.paper_views.get(view), 2))
+            lines.append(line)
+        if not lines:
+            return HTML("")
+        header = [
+            [escape(view.replace("_", " ")) + ", %", "in the paper"] for view in results.views
+        ]
+        shown = table_html(["", *(cell for pair in header for cell in pair)], lines, "numbers")
+        return HTML(f"<h2>The same networks on other views of the test images</h2>{shown}")
+
     def costs(self) -> HTML:
         """What each row costs to train, parents included, and what is deployed."""
         results = self.results
@@ -207,6 +234,7 @@ class Page:
         header = [
             "",
             "network",
+            "training parameters",
             "deployed parameters",
             "deployed FLOPs",
             "epochs",
@@ -222,6 +250,7 @@ class Page:
                 [
                     f"<b>{escape(values['label'])}</b>",
                     f"<small>{escape(self.network(row))}</small>",
+                    number(self.training_parameters(row)),
                     number(none_if_nan(values["deployed_parameters"])),
                     number(none_if_nan(values["deployed_flops"])),
                     number(cost[0].epochs or None),
@@ -248,11 +277,21 @@ class Page:
         )
         return HTML(table_html(header, lines, "numbers") + note)
 
+    def cell(self, row: str) -> Cell:
+        """The parameters of a row at its first seed."""
+        return self.results.plan.cells[self.results.plan.by_row[row, self.table.seeds[0]]].cell
+
+    def training_parameters(self, row: str) -> int:
+        """How many numbers are trained, counted on the network that is trained."""
+        cell, data = self.cell(row), dataset(self.cell(row))
+        return training_parameters(cell.network, len(data.classes), data.in_channels)
+
     def network(self, row: str) -> str:
-        """The body, its width and its blocks, as the parameters name them."""
-        cell = self.results.plan.cells[self.results.plan.by_row[row, self.table.seeds[0]]].cell
+        """The body, its width, its blocks and their options, as the parameters name them."""
+        cell = self.cell(row)
         width = "" if cell.width == 1 else f", width × {cell.width:g}"
-        return f"{cell.body}{width}, {cell.block}"
+        options = [f"{name} = {value}" for name, value in (cell.block_options or {}).items()]
+        return f"{cell.body}{width}, {cell.block}" + "".join(f", {option}" for option in options)
 
     def said(self) -> HTML:
         """What may be said: our own statement for every row, and the rule of the verdict."""
@@ -265,7 +304,8 @@ class Page:
             return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
         if self.results.fallback:
             items.insert(0, "<li>Published results; nothing was run on this machine.</li>")
-        notes = "".join(f"<li>{escape(note)}</li>" for note in [*self.table.notes, *self.kept])
+        notes = [*self.table.notes, *self.kept, *self.diverged]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in notes)
         return HTML(f"<ul>{''.join(items)}</ul><p><b>Notes.</b></p><ul>{notes}</ul>")
 
     @property
@@ -283,6 +323,18 @@ class Page:
             f"Blocks that the cycle leaves as they are: {count} ({reason}), in {', '.join(labels)}."
             for (reason, count), labels in said.items()
         ]
+
+    @property
+    def diverged(self) -> list[str]:
+        """In words: which runs ended without a training loss, and when."""
+        results, said = self.results, []
+        for row in results.rows:
+            found = results.diverged(row, results.fallback).items()
+            if found:
+                when = ", ".join(f"seed {seed} in epoch {epoch}" for seed, epoch in found)
+                label = self.table.rows[row].label
+                said.append(f"{label}: diverged, the training loss is no number ({when}).")
+        return said
 
     def provenance(self) -> HTML:
         """Where every number comes from, and the command to repeat it."""

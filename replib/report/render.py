@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from replib.errors import UserError
 from replib.experiments.params import load_table
 from replib.experiments.store import home
-from replib.report.notebooks import changed, notebooks, title
+from replib.report.notebooks import GENERIC, changed, notebooks, title
 from replib.report.results import profile_path, profiles
 from replib.training.checkpoint import write_bytes
 
@@ -44,6 +44,11 @@ def quiet_kernel(log: Path) -> type:
             return command, options | {"stderr": log.open("wb")}
 
     return QuietKernelManager
+
+
+def notebook_of(table: str) -> str:
+    """The notebook of a table: one of its own name, else the one that serves every table."""
+    return table if (home() / "notebooks" / f"{table}.ipynb").is_file() else GENERIC
 
 
 def execute(name: str, parameters: dict, copy: str) -> Path:
@@ -134,8 +139,10 @@ def reproduce(name: str, profile: str, settings: list[str]) -> Path:
         )
     # Mistakes in parameters are found here, before papermill sees them.
     loaded = load_table(profile_path(name, profile), settings)
-    parameters = {"profile": profile, "settings": settings}
-    notebook = execute(name, parameters, f"{name}-{profile}")
+    parameters, used = {"profile": profile, "settings": settings}, notebook_of(name)
+    if used == GENERIC:
+        parameters["table"] = name
+    notebook = execute(used, parameters, f"{name}-{profile}")
     page = home() / "reports" / f"{name}-{profile}.html"
     to_html(notebook, page, loaded.title)
     index()

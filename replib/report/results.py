@@ -130,10 +130,29 @@ class Results:
         found = self.evidence(row, published).items()
         return {seed: 100 * e["result"]["deployed"]["test_accuracy"] for seed, e in found}
 
+    @property
+    def views(self) -> list[str]:
+        """The views of the test images on which rows of this table are tested too."""
+        cells = (planned.cell for planned in self.plan.cells.values())
+        return list(dict.fromkeys(view for cell in cells for view in cell.views))
+
+    def view_accuracy(self, row: str, view: str, published: bool = False) -> Estimate | None:
+        """Mean and interval of a row on a view of the test images."""
+        found = self.evidence(row, published).values()
+        seen = [e["result"]["deployed"].get("views", {}).get(view) for e in found]
+        values = [100 * value for value in seen if value is not None]
+        return estimate(values) if values else None
+
     def accuracy(self, row: str, published: bool = False) -> Estimate | None:
         """Mean and interval of a row."""
         values = list(self.accuracies(row, published).values())
         return estimate(values) if values else None
+
+    def diverged(self, row: str, published: bool = False) -> dict[int, int]:
+        """seed -> the first epoch, from 1, whose training loss is no number."""
+        found = self.evidence(row, published).items()
+        losses = {seed: e["result"]["history"]["train_loss"] for seed, e in found}
+        return {seed: column.index(None) + 1 for seed, column in losses.items() if None in column}
 
     def against(self, row: str) -> str:
         """The row over which a row's gain is taken."""
@@ -150,15 +169,20 @@ class Results:
             return None
         return paired_gain(self.accuracies(row, published), self.accuracies(other, published))
 
+    def paper_gain(self, row: str) -> float | None:
+        """The gain in points that the paper has for this row; None where none is established."""
+        row, other = (self.table.rows[name] for name in (row, self.against(row)))
+        if row.published_gain is not None or None in (row.paper_accuracy, other.paper_accuracy):
+            return row.published_gain
+        return round(row.paper_accuracy - other.paper_accuracy, 4)
+
     def verdict(self, row: str) -> str:
         """The verdict on the paper's gain of this row."""
         if self.against(row) == row:
             return "the control"
         standard = not self.settings and self.table.cell.get("data") != "digits"
         comparable = standard and self.table.proxy is None
-        return verdict(
-            self.gain(row, self.fallback), self.table.rows[row].published_gain, comparable
-        )
+        return verdict(self.gain(row, self.fallback), self.paper_gain(row), comparable)
 
     def cost(self, row: str, seed: int, published: bool = False) -> tuple[Cost, Cost] | None:
         """(own and starts, teachers) of one seed; None where evidence is missing."""

@@ -133,7 +133,7 @@ def digest_of(*arrays: np.ndarray | Tensor, text: str = "") -> str:
     return h.hexdigest()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def load(
     name: str,
     folder: str | None = None,
@@ -144,12 +144,13 @@ def load(
 ) -> Dataset:
     """Load a data set of `DATA`; `folder` holds downloads, or is the image folder.
 
-    image_size, image_resize, resident, classes: of an image folder only, see `load_imagefolder`.
+    image_resize, resident, classes: of an image folder only, see `load_imagefolder`.
+    image_size: of an image folder, or of the digits.
     Raises: UserError for an unknown name, or a folder that is missing, empty or has a class with
     fewer than two images.
     """
     if name == "digits":
-        return load_digits()
+        return load_digits(image_size)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, Path(folder or "data"))
     if name == "imagefolder":
@@ -159,13 +160,22 @@ def load(
     raise UserError(f"data (={name!r}) must be one of {', '.join(DATA)}.")
 
 
-def load_digits() -> Dataset:
-    """8x8 digits; grey values 0..16 are stretched to 0..255."""
+def load_digits(image_size: int | None = None) -> Dataset:
+    """8x8 digits; grey values 0..16 are stretched to 0..255.
+
+    image_size: a multiple of 8: every pixel becomes a square of pixels, for networks that shrink
+    their maps too much for 8x8. Raises: UserError for another number.
+    """
     from sklearn.datasets import load_digits as bundled  # slow to import
 
     source = bundled()
     images = torch.from_numpy(source.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).long()
+    size = image_size or images.shape[-1]
+    times, rest = divmod(size, images.shape[-1])
+    if rest:
+        raise UserError(f"image_size (={size}) of the digits must be a multiple of 8, their own.")
+    images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
     train = images[:DIGITS_POOL].float() / 255
     return Dataset(
         "digits",

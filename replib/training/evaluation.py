@@ -6,7 +6,7 @@ faster than the training form, and what is deployed in the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from replib.training.data import Dataset
 BATCH_PIXELS = {"cpu": 2**20, "cuda": 2**22}  # 1024 and 4096 images of 32x32
 KEPT_BYTES = 2**29  # a split up to this size is normalised once
 REPORTED = 1000  # images on which the error of fusing is measured
+VIEWS = {  # of test images, beside themselves (ACNet, table 4)
+    "rotated_90": lambda x: x.rot90(1, (2, 3)),
+    "rotated_180": lambda x: x.rot90(2, (2, 3)),
+    "upside_down": lambda x: x.flip(2),
+}
 
 
 class Normalise:
@@ -85,32 +90,43 @@ class Split:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, pause: Callable[[], None] = lambda: None) -> float:
+def accuracy(
+    model: nn.Module,
+    split: Split,
+    pause: Callable[[], None] = lambda: None,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+) -> float:
     """The fraction of images whose largest logit is their label; model in eval mode.
 
-    pause: called between batches; it may raise.
+    pause: called between batches; it may raise. view: what is done to images (N, C, H, W) first.
     """
     right = torch.zeros((), dtype=torch.long, device=split.device)
     for x, labels in zip(split.inputs(), split.labels, strict=True):
-        right += (model(x).argmax(1) == labels).sum()
+        right += (model(view(x)).argmax(1) == labels).sum()
         pause()
     return right.item() / len(split)
 
 
-def deployed_report(model: nn.Module, split: Split) -> dict:
-    """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing."""
+def deployed_report(model: nn.Module, split: Split, views: Sequence[str] = ()) -> dict:
+    """The fused network: parameters, FLOPs per image, test accuracy, and the error of fusing.
+
+    views: of `VIEWS`; the accuracy on each is there too.
+    """
     model = model.to(split.device).eval()
     fused, x = deployed_copy(model), next(split.inputs())[:REPORTED]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         fused(x[:1])
     with torch.no_grad():
         error = relative_jump(model(x), fused(x))
-    return {
+    report = {
         "test_accuracy": accuracy(fused, split),
         "parameters": sum(parameter.numel() for parameter in fused.parameters()),
         "flops": counter.get_total_flops(),
         "fusing_error": error,
     }
+    if views:
+        report["views"] = {name: accuracy(fused, split, view=VIEWS[name]) for name in views}
+    return report
 
 
 def relative_jump(before: Tensor, after: Tensor) -> float:
