@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from replib.blocks import BLOCKS
-from replib.experiments.cells import new_model, recipe_of, split_of, versions_of
+from replib.experiments.cells import method_of, new_model, recipe_of, split_of, versions_of
 from replib.experiments.params import Cell
-from replib.methods.cycle import Cycle, decay_groups
+from replib.methods.cycle import decay_groups
 from replib.methods.distill import distillation_loss
-from replib.training.data import derive, load
+from replib.training.data import load
 from replib.training.loop import Task, fit
 
 FILE = Path(__file__).with_name("golden_traces.json")
@@ -30,6 +30,17 @@ METHODS = {
     "official": {"cycle": {"warmup": 3, "freeze": "skip"}},
     "preserving": {"cycle": {"warmup": 3, "fidelity": "preserving"}},
     "distilled": {"distill": {"alpha": 0.9, "temperature": 10.0}, "teacher": "none"},
+    "dyrep": {
+        "phases": 1,
+        "epochs": 10,
+        "dyrep": {
+            "interval": 2,
+            "last_epoch": 8,
+            "score": "snip",
+            "calibration_batches": 2,
+            "recalibration_batches": 1,
+        },
+    },
 }
 CASES = [
     (block, method)
@@ -41,7 +52,7 @@ CASES = [
 
 
 def trace(block: str, method: str) -> tuple[list[float], dict]:
-    """Losses of 20 steps (two phases of five epochs of two steps) and the versions in force."""
+    """Losses of 20 steps (ten epochs of two, in two phases or one) and the versions in force."""
     cell = Cell.model_validate(
         dict(data="digits", train_images=80, held_out=16, seed=0, body="digits", block=block,
              phases=2, epochs=5, batch_size=32, learning_rate=0.01, weight_decay=1e-3,
@@ -60,9 +71,11 @@ def trace(block: str, method: str) -> tuple[list[float], dict]:
         losses.append(value.item())
         return value
 
-    cycle = cell.cycle and Cycle(model, **cell.cycle.model_dump(), seed=derive(0, "redraw"))
+    method = method_of(cell, model)
     groups = lambda: decay_groups(model, cell.weight_decay, cell.decay)  # noqa: E731
-    fit(Task(model, data, splits.train, splits.validation, recipe_of(cell), groups, loss, 0, cycle))
+    fit(
+        Task(model, data, splits.train, splits.validation, recipe_of(cell), groups, loss, 0, method)
+    )
     return [float(f"{value:.6g}") for value in losses[:20]], versions_of(cell)
 
 

@@ -288,8 +288,15 @@ class Run:
     @torch.no_grad()
     def outputs(self, probe: Tensor) -> tuple[Tensor, Tensor]:
         """The logits in eval and in train mode, without a trace in the network."""
-        model = self.model
-        return copy.deepcopy(model).eval()(probe), copy.deepcopy(model).train()(probe)
+        modes = {module: module.training for module in self.model.modules()}
+        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            return self.model.eval()(probe), self.model.train()(probe)
+        finally:
+            for buffer, value in statistics:
+                buffer.copy_(value)
+            for module, training in modes.items():
+                module.training = training
 
     def jumps(self, before: tuple[Tensor, Tensor], probe: Tensor) -> dict[str, float]:
         """How far the function has moved from what its outputs were."""
