@@ -25,14 +25,16 @@ def frequency_prior(g: Geometry) -> Filter:
     Channel o varies as cos(pi (h + 1/2) (o + 1) / k) along the first axis for o < O / dims, with
     o counted from the start of its share. The period is the kernel size (official: always 3).
     """
-    share, rows = g.out_channels / g.dims, []
+    share, waves = g.out_channels / g.dims, [[] for _ in range(g.dims)]
     for o in range(g.out_channels):
         axis = int(o / share)
         k, frequency = g.kernel_size[axis], o + 1 - axis * share
-        wave = [math.cos(math.pi * (h + 0.5) * frequency / k) for h in range(k)]
-        shape = tuple(k if a == axis else 1 for a in range(g.dims))
-        rows.append(torch.tensor(wave).view(shape).expand(g.kernel_size))
-    return Filter(torch.stack(rows).contiguous(), g.dilation)
+        waves[axis].append([math.cos(math.pi * (h + 0.5) * frequency / k) for h in range(k)])
+    shares = [
+        torch.tensor(wave).view(-1, *(k if a == axis else 1 for a in range(g.dims)))
+        for axis, (wave, k) in enumerate(zip(waves, g.kernel_size, strict=True))
+    ]
+    return Filter(torch.cat([wave.expand(-1, *g.kernel_size) for wave in shares]), g.dilation)
 
 
 def linear_branches(g: Geometry, gain: float = KAIMING, pointwise: bool = True) -> dict[str, Piece]:
