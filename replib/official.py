@@ -95,6 +95,8 @@ def entries(
 def written(module: nn.Module, table: Mapping[str, Entry]) -> State:
     """The tensors of a module under their official names."""
     own = module.state_dict()
+    if missing := [name for e in table.values() for name in e.ours if name not in own]:
+        raise ValueError(f"the model is of another layout: it has no {missing[0]}.")
     return {key: e.write(*(own[name] for name in e.ours)).detach() for key, e in table.items()}
 
 

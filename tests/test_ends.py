@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_blocks import close, scrambled
 from torch import nn
 
+from replib import official
 from replib.blocks import BLOCKS, RepBlock
 from replib.branches import Norm, Scalar, Scale, Sum
 from replib.checkpoint import load_model, save_model
@@ -249,6 +250,13 @@ def test_a_file_knows_its_variant(tmp_path):
     save_model(nn.Sequential(block), tmp_path / "variant.safetensors")
     again, x = load_model(tmp_path / "variant.safetensors"), torch.randn(2, 4, 7, 7)
     assert repr(again[0]) == repr(block) and torch.equal(again[0](x), block(x))
+
+
+@pytest.mark.parametrize("options", [{"scaling": "scalar"}, {"without": ["prior"]}])
+def test_a_released_layout_has_no_variants(options):
+    block = BLOCKS["orepa"](4, 6, **options)
+    with pytest.raises(ValueError, match="the model is of another layout: it has no branches"):
+        official.export_block(block, "orepa")
 
 
 # -- in a network ----------------------------------------------------------------------------------
