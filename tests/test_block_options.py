@@ -174,6 +174,14 @@ def test_variants_keep_the_promises_of_a_block(name, monkeypatch, tmp_path):
     assert torch.equal(again(x), block(x))
 
 
+def test_an_identity_without_norm_is_the_input():
+    block, x = BLOCKS["repvgg"](4, 4, identity_norm=False), torch.randn(2, 4, 5, 5)
+    assert torch.equal(block.branches["identity"](x), x)
+    assert len([m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]) == 2
+    strided = BLOCKS["repvgg"](4, 4, stride=2, identity_norm=False)
+    assert list(strided.branches) == ["dense", "1x1"]
+
+
 @torch.no_grad()
 def test_the_trivial_variant_adds_the_identity_to_the_kernel():
     block = scrambled(BLOCKS["repvgg"](3, 3, norms="sum", without=["1x1"]).double().eval())

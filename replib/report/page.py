@@ -211,7 +211,7 @@ class Page:
     def views(self) -> HTML:
         """Accuracy on turned and flipped test images, where the table asks for it."""
         results, lines = self.results, []
-        for row in results.rows if results.views else ():
+        for row in (row for row in results.rows if self.cell(row).views):
             spec = self.table.rows[row]
             line = [f"<b>{escape(spec.label)}</b>"]
             for view in results.views:
