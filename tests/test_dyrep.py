@@ -341,7 +341,10 @@ def test_a_score_that_is_no_number_grows_nothing():
     for conv in method.candidates.values():
         conv.weight.grad = torch.full_like(conv.weight, math.nan)
     method.after_backward()
+    total, count = method.tensors
     assert method.after_epoch(batches())["grown"] is None and not method.structure
+    # counted anew, in the same place: a recorded step adds to it
+    assert method.total is total and (total == 0).all() and method.count is count and count == 0
 
 
 @pytest.mark.parametrize("kind", ["plain", "convbn"])

@@ -18,11 +18,11 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
 from replib.analysis.growth_scores import signed_sums
+from replib.analysis.layer_scores import SCORES
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import layers
 from replib.experiments.cells import new_model, trained_model
-from replib.methods.dyrep import SCORES
 from replib.report.cycle_figures import finished, looks
 from replib.report.diagram import before_after
 from replib.report.figures import INK, name, style
@@ -116,7 +116,7 @@ class Growth:
         for axis, (row, frame) in zip(axes[:, 0], frames.items(), strict=True):
             seed = self.seeds(row)[0]
             image = axis.imshow(
-                frame, aspect="auto", cmap="viridis_r", vmin=1, vmax=most,
+                frame, aspect="auto", cmap="YlGnBu", vmin=0, vmax=most,
                 extent=(0.5, frame.shape[1] + 0.5, len(frame) - 0.5, -0.5),
             )  # fmt: skip
             self.mark(axis, self.adjustments[row, seed], list(frame.index))
