@@ -249,7 +249,7 @@ def list_tables(arguments: argparse.Namespace) -> None:
     for table, names in profiles().items():
         for profile in names:
             try:
-                loaded = load_table(profile_path(table, profile))
+                loaded = load_table(profile_path(table, profile), networks=False)
             except UserError as error:
                 print(f"{table:<10} {profile:<16} {error}")
                 continue
@@ -280,7 +280,7 @@ def reports(arguments: argparse.Namespace) -> None:
     for table, names in profiles().items():
         for profile in names:
             try:
-                loaded = load_table(profile_path(table, profile))
+                loaded = load_table(profile_path(table, profile), networks=False)
                 if loaded.cell.get("data") not in seen:  # nothing to show: do not fetch its data
                     continue
                 results = Results(table, profile)

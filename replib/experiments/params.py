@@ -664,9 +664,11 @@ def with_variants(values: dict) -> dict:
     return values | {"rows": rows, "recipes": recipes, "controls": controls, "control": first}
 
 
-def load_table(path: Path, settings: list[str] = ()) -> Table:
+def load_table(path: Path, settings: list[str] = (), networks: bool = True) -> Table:
     """Read, change and check one profile; every cell of it is checked too.
 
+    networks: build every network, of shapes alone; False for who only asks what there is, since
+    which takes seconds where there are dozens.
     Raises: UserError in one line that names the file, the key, its value and what is allowed.
     """
     values = apply_settings(read_profile(path), list(settings))
@@ -688,7 +690,9 @@ def load_table(path: Path, settings: list[str] = ()) -> Table:
         except ValidationError as error:
             raise in_one_line(error, where, prefix) from None
     for row in table.rows:
-        check_row(table, row, where)
+        cell = check_row(table, row, where)
+        if networks:
+            check_network(cell, f"{where}, row {row}")
     return table
 
 
@@ -714,8 +718,17 @@ def buildable(network: tuple, blocks: tuple[str, ...] | None, grows: bool) -> No
             DyRep(model, interval=1, last_epoch=1)
 
 
-def check_row(table: Table, row: str, where: str) -> None:
-    """Build the cell of a row once, with placeholder parents, to find mistakes early."""
+def check_network(cell: Cell, where: str) -> None:
+    """Build the network of a cell once, to find mistakes early."""
+    chosen = cell.cycle and cell.cycle.blocks
+    try:
+        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None)
+    except ValueError as error:
+        raise UserError(f"{where}: body={cell.body}, block={cell.block}: {error}") from None
+
+
+def check_row(table: Table, row: str, where: str) -> Cell:
+    """Make the cell of a row once, with placeholder parents, to find mistakes early."""
     spec = table.rows[row]
     parents = {"start": spec.start, "teacher": spec.teacher}
     try:
@@ -735,16 +748,10 @@ def check_row(table: Table, row: str, where: str) -> None:
                 f"{where}, row {row}: start (={spec.start!r}) must be a row without dyrep, which "
                 "leaves a network of another structure."
             )
-    chosen = cell.cycle and cell.cycle.blocks
-    try:
-        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None)
-    except ValueError as error:
-        raise UserError(
-            f"{where}, row {row}: body={cell.body}, block={cell.block}: {error}"
-        ) from None
     drawn = cell.train_images
     if cell.protocol == "clean" and not 0 < cell.held_out < (drawn or math.inf):
         raise UserError(
             f"{where}, row {row}: held_out (={cell.held_out}) must be between 1 and train_images "
             f"(={drawn}) - 1: the clean protocol selects on images held out of the training set."
         )
+    return cell

@@ -167,7 +167,7 @@ def index() -> Path:
         for profile in names:
             row = {"table": table, "profile": profile, "title": "", "data": "", "seeds": ""}
             try:
-                loaded = load_table(profile_path(table, profile))
+                loaded = load_table(profile_path(table, profile), networks=False)
                 row |= {
                     "title": loaded.title,
                     "data": loaded.cell.get("data", ""),
