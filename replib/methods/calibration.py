@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +33,32 @@ def calibrate(
     first = next(batches, None)
     if first is None:
         raise ValueError("batches (= none) must hold at least one batch of images.")
-    modes = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in chosen.values()}
-    try:
-        model.eval()
-        for norm in chosen.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # the cumulative average
-            norm.train()
+    for norm in chosen.values():
+        norm.reset_running_stats()
+    with normalised_by_batch(model, chosen.values(), None):  # None: the cumulative average
         for batch in (first, *batches):
             model(batch)
-    finally:
-        for norm, momentum in momenta.items():
+    return list(chosen)
+
+
+@contextmanager
+def normalised_by_batch(
+    model: nn.Module, norms: Collection[nn.Module], momentum: float | None
+) -> Iterator[None]:
+    """The model in eval mode, but for these norms, which use the statistics of the batch.
+
+    momentum: theirs meanwhile; 0 leaves the running statistics as they are.
+    """
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    try:
+        model.eval()
+        for norm in norms:
             norm.momentum = momentum
+            norm.train()
+        yield
+    finally:
+        for norm, own in momenta.items():
+            norm.momentum = own
         for module, training in modes.items():
             module.training = training
-    return list(chosen)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from replib.blocks import RepBlock
 from replib.branches import Norm
 from replib.kernels import Kernel, convolve
-from replib.methods.calibration import calibrate
+from replib.methods.calibration import NORMS, calibrate, normalised_by_batch
 from replib.networks import outermost_blocks
 from replib.training.optimisation import parameter_groups
 
@@ -196,8 +196,8 @@ class Cycle:
     def restore_in_one_pass(self, images: Tensor, generator: torch.Generator) -> None:
         """One pass over `images`: each block is restored when its own input arrives.
 
-        The blocks before it are restored already; where they are so exactly, it sees the input
-        that it had before.
+        The blocks before it are restored already; preserving, it sees the input that it had
+        before, official, the one that it has when training goes on.
         """
         waiting = set(self.blocks.values())
 
@@ -206,15 +206,17 @@ class Cycle:
                 waiting.remove(block)
                 self.restore(block, generator, inputs[0])
 
-        modes = {module: module.training for module in self.model.modules()}
+        # What official adds on top has statistics of its own only in train mode: evaluated, the
+        # maps would grow from block to block. Preserving measures them as it goes.
+        official = self.fidelity == "official"
+        norms = [m for m in self.model.modules() if official and isinstance(m, NORMS)]
         hooks = [block.register_forward_pre_hook(restore) for block in waiting]
         try:
-            self.model.eval()(images)
+            with normalised_by_batch(self.model, norms, 0.0):
+                self.model(images)
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
 
     def epoch(self, epoch: int) -> None:
         """Say that epoch `epoch` (from 0) of the cycle begins: sets lambda."""
