@@ -35,6 +35,16 @@ def convolve(x, weight, bias, stride, padding, dilation, groups):
     return y
 
 
+def unit_filters(weight):
+    """Every filter divided by its length."""
+    out = np.zeros_like(weight)
+    for o in range(len(weight)):
+        length = sum(weight[(o, *at)] ** 2 for at in places(weight.shape[1:])) ** 0.5
+        for at in places(weight.shape[1:]):
+            out[(o, *at)] = weight[(o, *at)] / length
+    return out
+
+
 def norm(x, gamma, beta, mean, var, eps):
     """Batch normalisation in eval mode, one number at a time."""
     y = np.zeros_like(x)

@@ -113,6 +113,7 @@ def test_one_shared_norm_or_one_each():
         "expandnet": 1,
         "csla": 1,
         "qarepvgg": 2,
+        "dirac": 1,
     }
 
 

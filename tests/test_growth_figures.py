@@ -51,6 +51,7 @@ def test_a_page_without_evidence_says_so(made):
     assert "as initialised" in growth.shares().data
 
 
+@pytest.mark.slow
 def test_a_page_says_what_the_evidence_says(made):
     results, _ = made
     assert results.train(device="cpu").trained == 6

@@ -149,6 +149,12 @@ def refusal(path: Path, changes: list[str]) -> str:
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_profile_loads(path):
+    assert isinstance(load_table(path, networks=False), Table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_network_of_a_profile_exists(path):
     assert isinstance(load_table(path), Table)
 
 

@@ -16,7 +16,17 @@ from replib import branches, kernels
 from replib.analysis import derivations, multipliers, symbolic
 from replib.analysis.symbolic import Symbolic, with_symbols
 from replib.blocks import BLOCKS, RepBlock
-from replib.branches import NORM_AT_RESTORE, AveragePool, Chain, Convolution, Filter, Norm, Scale
+from replib.blocks.linear import UnitFilters
+from replib.branches import (
+    NORM_AT_RESTORE,
+    AveragePool,
+    Chain,
+    Convolution,
+    Filter,
+    Norm,
+    Scalar,
+    Scale,
+)
 from replib.kernels import Kernel
 
 torch.set_num_threads(1)
@@ -44,6 +54,17 @@ def test_every_block_is_one_convolution(family):
 def test_every_restoration_reaches_its_kernel(family):
     for way in (("official", "unit"), *(("preserving", norm) for norm in NORM_AT_RESTORE)):
         assert derivations.restored(family, *way, **SMALL.get(family, {})).holds, way
+
+
+@pytest.mark.parametrize("family", ["csla", "orepa"])
+def test_one_factor_for_all_channels(family):
+    """A symbol that every channel shares, merged and restored."""
+    options = {"out_channels": 2, "scaling": "scalar"}
+    block = derivations.symbolic_block(family, **options)
+    scalars = [part for part in block.modules() if isinstance(part, Scalar)]
+    assert scalars and all(len(s.weight.values[0].free_symbols) == 1 for s in scalars)
+    assert derivations.merged(family, **options).holds
+    assert derivations.restored(family, "preserving", "unit", **options).holds
 
 
 @pytest.mark.parametrize("norm", NORM_AT_RESTORE)
@@ -187,6 +208,7 @@ OPERATIONS = {  # of tensors or of symbols; every option that replib uses
     "running variance": lambda x, w, b: (F.batch_norm(x[:, :2], b * b, b, training=True), b)[1],
     "pad": lambda x, w, b: F.pad(x, (1, 2, 0, 3)) + F.pad(x, (1, 2, 0, 3), value=0.5),
     "einsum": lambda x, w, b: torch.einsum("nchw,oijk,o->noc", x, w, b),
+    "normalize": lambda x, w, b: F.normalize(w) + F.normalize(w, 1, 2).view_as(w),
     "cat": lambda x, w, b: torch.cat([x, x[:, 1:]], 1),
     "addcmul": lambda x, w, b: torch.addcmul(x, x + 1, x - 2),
 }
@@ -252,6 +274,8 @@ def loops(piece, x):
     groups = len(weight) if isinstance(piece, Filter) else piece.groups
     if isinstance(piece, Convolution) and piece.offset:
         weight = weight + reference.identity(piece.in_channels, groups, weight.shape[2:])
+    if isinstance(piece, UnitFilters):
+        weight = reference.unit_filters(weight)
     bias = getattr(piece, "bias", None)
     bias = np.zeros(len(weight)) if bias is None else bias.detach().numpy()
     return reference.convolve(x, weight, bias, (1,) * dims, (0,) * dims, piece.dilation, groups)

@@ -11,7 +11,7 @@ import torch
 from test_blocks import DEFAULTS, GEOMETRIES, build, close
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib import squeezing
+from replib import sharing, squeezing
 from replib.blocks import BLOCKS
 from replib.blocks.block import Geometry, RepBlock
 from replib.branches import AveragePool, Chain, Convolution, Sum
@@ -44,7 +44,9 @@ class Novel(RepBlock):
 
 
 def squeezed_sums(block):
-    return [m for m in block.modules() if isinstance(m, Sum) and m.squeezed]
+    """Those declared so, and a whole block without norms inside: training squeezes it, too."""
+    whole = [block] if len(block.branches) > 1 and sharing.norm_free(block) else []
+    return whole or [m for m in block.modules() if isinstance(m, Sum) and m.squeezed]
 
 
 def made(family, case, monkeypatch, seed=0):
