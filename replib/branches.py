@@ -179,7 +179,10 @@ class Convolution(Piece):
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that is convolved with: the stored one, plus the identity for an offset."""
-        weight = self.weight.to(dtype)
+        return self.effective(self.weight.to(dtype))
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """What is convolved with where `weight` is stored."""
         return weight + self.identity_weight(weight.dtype) if self.offset else weight
 
     def identity_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -390,14 +390,15 @@ def weight_of(piece: Piece, form: Form, values: Values) -> Weight:
     if isinstance(piece, Scale):
         return Weight(form, values[piece].view(-1, *(1,) * (piece.dims + 1)))
     if isinstance(piece, Convolution):
-        return Weight(form, values[piece] + offset(piece) if piece.offset else values[piece])
+        stored = values[piece]
+        return Weight(form, stored + offset(piece) if piece.offset else piece.effective(stored))
     dtype = next(iter(values.values())).dtype  # what remains is a fixed filter
     exact = piece.kernel(dtype).weight if isinstance(piece, AveragePool) else piece.weight.to(dtype)
     return Weight(form, exact)
 
 
 def offset(piece: Convolution) -> Tensor:
-    """What `Convolution.effective_weight` adds, in two steps where there is one tap."""
+    """What `Convolution.effective` adds, in two steps where there is one tap."""
     weight = piece.weight
     if max(piece.extent) > 1:
         return piece.identity_weight(weight.dtype)

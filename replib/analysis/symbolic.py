@@ -114,6 +114,9 @@ class Symbolic:
 
     reshape = view
 
+    def view_as(self, other) -> Symbolic:
+        return self.view(*other.shape)
+
     def flatten(self, start: int = 0) -> Symbolic:
         return self.view(*self.shape[:start], -1)
 
@@ -349,6 +352,12 @@ def channels(values: Symbolic, x: Symbolic) -> Symbolic:
     return values.view(-1, *(1,) * (x.dim() - 2))
 
 
+def normalised(x: Symbolic, p=2.0, dim=1, eps=1e-12, out=None) -> Symbolic:
+    """x[i] / (sum over j of |x[j]|^p)^(1/p) along an axis; no length is as small as eps."""
+    length = x.each(lambda e: abs(e) ** exact(p)).values.sum(dim, keepdims=True)
+    return x / length ** (1 / exact(p))
+
+
 def summed(equation: str, *operands) -> Symbolic:
     """Einstein's summation."""
     return Symbolic(np.einsum(equation, *(entries(o) for o in operands)))
@@ -362,6 +371,7 @@ def joined(parts: Iterable, dim: int = 0) -> Symbolic:
 MEANINGS: dict[str, Callable] = {
     "pad": padded,
     "batch_norm": batch_norm,
+    "normalize": normalised,
     "einsum": summed,
     "cat": joined,
     **{f"conv{dims}d": convolution for dims in (1, 2, 3)},
@@ -373,7 +383,7 @@ MEANINGS: dict[str, Callable] = {
 NORMS = tuple(BATCH_NORM.values())
 LETTERS = {  # what the field calls the tensors of a part, by its type
     NORMS: {"weight": "gamma", "bias": "beta", "running_mean": "mu", "running_var": "v"},
-    Scale: {"weight": "s"},
+    Scale: {"weight": "s", "value": "s"},
     Convolution: {"weight": "w", "bias": "b"},
     RepBlock: {"rate": "lambda"},
 }
@@ -392,7 +402,7 @@ def with_symbols(module: nn.Module) -> tuple[nn.Module, dict[Expr, float]]:
         for types, letters in LETTERS.items()
         if isinstance(part, types)
         for name, short in letters.items()
-        if getattr(part, name) is not None
+        if (part._parameters | part._buffers).get(name) is not None
     ]
     total, seen = Counter(short for *_, short in found), Counter()
     for part, name, short in found:

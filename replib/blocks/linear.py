@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,8 +58,7 @@ class UnitFilters(Convolution):
 
     put = Piece.put  # a direction alone cannot be any kernel
 
-    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        weight = super().effective_weight(dtype)
+    def effective(self, weight: Tensor) -> Tensor:
         return F.normalize(weight.flatten(1)).view_as(weight)
 
 
