@@ -250,7 +250,7 @@ class Page:
                 [
                     f"<b>{escape(values['label'])}</b>",
                     f"<small>{escape(self.network(row))}</small>",
-                    number(self.training_parameters(row)),
+                    self.training_parameters(row),
                     number(none_if_nan(values["deployed_parameters"])),
                     number(none_if_nan(values["deployed_flops"])),
                     number(cost[0].epochs or None),
@@ -281,10 +281,16 @@ class Page:
         """The parameters of a row at its first seed."""
         return self.results.plan.cells[self.results.plan.by_row[row, self.table.seeds[0]]].cell
 
-    def training_parameters(self, row: str) -> int:
-        """How many numbers are trained, counted on the network that is trained."""
-        cell, data = self.cell(row), dataset(self.cell(row))
-        return training_parameters(cell.network, len(data.classes), data.in_channels)
+    def training_parameters(self, row: str) -> str:
+        """How many numbers are trained, counted on the network that is trained; of one that grew,
+        the fewest and the most in any epoch and seed."""
+        cell, data, results = self.cell(row), dataset(self.cell(row)), self.results
+        known = results.evidence(row, results.fallback).values()
+        found = [n for e in known for n in e["result"]["history"].get("training_parameters", [])]
+        if not found:
+            network = cell.network
+            found = [training_parameters(network, len(data.classes), data.in_channels)]
+        return " to ".join(number(size) for size in sorted({min(found), max(found)}))
 
     def network(self, row: str) -> str:
         """The body, its width, its blocks and their options, as the parameters name them."""
