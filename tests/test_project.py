@@ -156,6 +156,12 @@ def test_notebooks_are_thin(notebook):
                 assert node.end_lineno - node.lineno < 5
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_formulas_need_no_typesetting(notebook):
+    """Pages run no script, so that nothing would turn TeX into a formula."""
+    assert not re.search(r"\$\$|\\\\(frac|sum|text|partial)", notebook.read_text(encoding="utf-8"))
+
+
 def test_every_table_has_its_profiles_and_words_of_its_own():
     """In a notebook of its name, or, where the notebook of all tables serves it, in `method`."""
     own = {path.stem for path in NOTEBOOKS}
