@@ -18,7 +18,7 @@ OTHERS = sorted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, *OTHERS[::3]])  # a minute each, one notebook
+@pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, *OTHERS])
 def test_the_smoke_profile_makes_a_page(project, table):
     assert (notebook_of(table) == GENERIC) == (table in OTHERS)
     status, _, error = project.run(
