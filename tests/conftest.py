@@ -1,17 +1,23 @@
-"""A project folder of its own for every test that reads or writes reports."""
+"""What several files of tests use: a project folder of their own, a small training run."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from replib.experiments import executor
+from replib.models import build
 from replib.report.results import Results
+from replib.training.data import load, split
+from replib.training.loop import Recipe, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (ROOT / "tests" / "tiny.yaml").read_text(encoding="utf-8")  # every kind of cell, in seconds
@@ -102,3 +108,40 @@ def shared_project(tmp_path_factory) -> Project:
         torch.set_num_threads(1)
         assert Results("tiny9", "tiny").train(device="cpu").trained == 6
     return made
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order, so that runs are equal to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_task(
+    recipe: dict,
+    groups: Callable[[nn.Module], list[dict]],
+    method: Callable[[nn.Module], object] = lambda model: None,
+    *,
+    block: str = "repvgg",
+    images: int = 80,
+    protocol: str = "clean",
+) -> Task:
+    """A small run on digits: so many images, 20 of which are held out."""
+    digits = load("digits")
+    splits = split(digits, images=images, held_out=20, protocol=protocol, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("digits", block, classes=10, in_channels=1)
+    return Task(
+        model=model,
+        data=digits,
+        train=splits.train,
+        validation=splits.validation,
+        recipe=Recipe(**recipe),
+        groups=lambda: groups(model),
+        loss=lambda logits, labels, inputs: F.cross_entropy(logits, labels),
+        seed=0,
+        method=method(model),
+    )

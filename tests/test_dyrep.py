@@ -9,7 +9,7 @@ import pytest
 import test_vectors
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, small_task
 from torch import nn
 from whole import RANGES, scrambled
 
@@ -27,8 +27,7 @@ from replib.methods import dyrep
 from replib.methods.dyrep import DyRep
 from replib.models import build
 from replib.training.augmentation import Augmentation
-from replib.training.data import load, split
-from replib.training.loop import Recipe, Task, fit
+from replib.training.loop import fit
 from replib.training.optimisation import parameter_groups
 
 IMAGES = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()
@@ -521,33 +520,14 @@ RECIPE = dict(
 )  # fmt: skip
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def task(fidelity="exact", **recipe):
-    digits = load("digits")
-    splits = split(digits, images=80, held_out=20, protocol="clean", seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build("digits", "convbn", classes=10, in_channels=1)
-    method = DyRep(
-        model, interval=1, last_epoch=3, score="snip", fidelity=fidelity, calibration_batches=3
-    )
-    return Task(
-        model=model,
-        data=digits,
-        train=splits.train,
-        validation=splits.validation,
-        recipe=Recipe(**RECIPE | recipe),
-        groups=lambda: parameter_groups(model, 1e-3, "matrices"),
-        loss=lambda logits, labels, inputs: F.cross_entropy(logits, labels),
-        seed=0,
-        method=method,
+    """One that grows after each of its first three epochs."""
+    options = dict(interval=1, last_epoch=3, score="snip", calibration_batches=3)
+    return small_task(
+        RECIPE | recipe,
+        lambda model: parameter_groups(model, 1e-3, "matrices"),
+        lambda model: DyRep(model, fidelity=fidelity, **options),
+        block="convbn",
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import test_training
 import torch
 import torch.nn.functional as F
+from conftest import small_task
 from pydantic import ValidationError
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
@@ -22,11 +23,9 @@ from replib.experiments.cells import plan, recipe_of, run_cell
 from replib.experiments.params import Cell, Table
 from replib.experiments.store import Store
 from replib.methods.cycle import Cycle
-from replib.models import build
 from replib.training import step as steps_module
-from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy
-from replib.training.loop import OutOfTime, Recipe, Task, fit, training_flops
+from replib.training.loop import OutOfTime, fit, training_flops
 from replib.training.optimisation import (
     DECAY,
     Average,
@@ -42,31 +41,16 @@ RECIPE = test_training.RECIPE | dict(phases=1, learning_rate=0.05, next_start="l
 ADAMW = dict(optimizer="adamw", momentum=0.0, nesterov=False, learning_rate=0.01)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def task(cycle=None, decay="weights", bias_rate=1.0, **recipe):
-    """A small run on digits: 80 training images, hence steps of 32, 32 and 16; 20 held out."""
-    digits = load("digits")
-    splits = split(digits, images=100, held_out=20, protocol="clean", seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build("digits", "repvgg", classes=10, in_channels=1)
-    return Task(
-        model=model,
-        data=digits,
-        train=splits.train,
-        validation=splits.validation,
-        recipe=Recipe(**RECIPE | recipe),
-        groups=lambda: parameter_groups(model, 1e-3, decay, bias_rate),
-        loss=lambda logits, labels, inputs: F.cross_entropy(logits, labels),
-        seed=0,
-        method=cycle and Cycle(model, **cycle),
+    """80 training images, hence steps of 32, 32 and 16."""
+    return small_task(
+        RECIPE | recipe,
+        lambda model: parameter_groups(model, 1e-3, decay, bias_rate),
+        lambda model: cycle and Cycle(model, **cycle),
+        images=100,
     )
 
 

@@ -1,23 +1,23 @@
 """The training loop: schedules, selection, phases, and resuming bit for bit."""
 
 import copy
+import functools
 import io
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from replib.fusing import deployed_copy
 from replib.methods.cycle import Cycle, decay_groups
-from replib.models import build
 from replib.networks import outermost_blocks
 from replib.training import loop
 from replib.training.augmentation import Augmentation
-from replib.training.data import load, split
 from replib.training.evaluation import Split, accuracy, deployed_report
-from replib.training.loop import OutOfTime, Recipe, Task, fit, training_flops
+from replib.training.loop import OutOfTime, fit, training_flops
 from replib.training.optimisation import cosine
 from replib.training.step import Step
 
@@ -29,33 +29,17 @@ RECIPE = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def task(method=True, protocol="clean", **recipe):
-    """A small run on digits: 60 training and 20 held-out images."""
-    digits = load("digits")
-    splits = split(digits, images=80, held_out=20, protocol=protocol, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build("digits", "repvgg", classes=10, in_channels=1)
-    cycle = Cycle(model, warmup=2, freeze="skip", fidelity="preserving") if method else None
-    return Task(
-        model=model,
-        data=digits,
-        train=splits.train,
-        validation=splits.validation,
-        recipe=Recipe(**RECIPE | recipe),
-        groups=lambda: decay_groups(model, 1e-3),
-        loss=lambda logits, labels, inputs: F.cross_entropy(logits, labels),
-        seed=0,
-        method=cycle,
-    )
+    """60 training images."""
+
+    def cycle(model):
+        return Cycle(model, warmup=2, freeze="skip", fidelity="preserving") if method else None
+
+    groups = functools.partial(decay_groups, weight_decay=1e-3)
+    return small_task(RECIPE | recipe, groups, cycle, protocol=protocol)
 
 
 def test_cosine_ends():
