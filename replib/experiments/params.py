@@ -495,19 +495,8 @@ def merged(base: dict, changes: dict) -> dict:
 
 
 # -- YAML, read as data only ---------------------------------------------------------------------
-class Loader(yaml.SafeLoader):
-    """Safe YAML without tags, aliases, dates and duplicate keys; it reads 1e-4 as a number."""
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        line = f"(line {event.start_mark.line + 1})"
-        if event.anchor is not None:
-            raise yaml.YAMLError(f"anchors and aliases (& and *) are not allowed {line}")
-        if event.tag is not None:
-            raise yaml.YAMLError(f"the tag {event.tag} is not allowed {line}")
-        if isinstance(event, yaml.ScalarEvent):
-            event.value.encode()  # half a surrogate pair is no text
-        return super().compose_node(parent, index)
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # in C it is ten times as fast
+    """Safe YAML without duplicate keys and dates; it reads 1e-4 as a number."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -531,9 +520,22 @@ Loader.add_implicit_resolver(
 )
 
 
+def refuse_indirection(text: str) -> None:
+    """Raises: yaml.YAMLError at an anchor, an alias or a tag."""
+    for event in yaml.parse(text, Loader):
+        line = f"(line {event.start_mark.line + 1})"
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.YAMLError(f"anchors and aliases (& and *) are not allowed {line}")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"the tag {event.tag} is not allowed {line}")
+        if isinstance(event, yaml.ScalarEvent):
+            event.value.encode()  # half a surrogate pair is no text
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """YAML as plain data. Raises: UserError in one line."""
     try:
+        refuse_indirection(text)
         return yaml.load(text, Loader)  # a SafeLoader: builds no objects
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         said = [getattr(error, part, None) for part in ("context", "problem")]

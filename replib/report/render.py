@@ -138,7 +138,7 @@ def reproduce(name: str, profile: str, settings: list[str]) -> Path:
             f"no table or notebook {name!r}; there are {', '.join([*profiles(), *notebooks()])}."
         )
     # Mistakes in parameters are found here, before papermill sees them.
-    loaded = load_table(profile_path(name, profile), settings)
+    loaded = load_table(profile_path(name, profile), settings, networks=False)
     parameters, used = {"profile": profile, "settings": settings}, notebook_of(name)
     if used == GENERIC:
         parameters["table"] = name
