@@ -23,6 +23,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "sharing": {"squeezing", "branches", "kernels"},
     "blocks": {"sharing", "branches", "kernels"},
     "networks": {"blocks"},
+    "narrowing": {"networks", "blocks"},
     "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
     "verification": {"fusing", "networks", "blocks"},
@@ -30,7 +31,9 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
     "official": {"networks", "architectures", "sources", "models", "blocks", "branches", "kernels"},
-    "methods": {"training", "models", "networks", "blocks", "branches", "kernels"},
+    "methods": {
+        "narrowing", "training", "models", "networks", "blocks", "branches", "kernels"
+    },
     "training": {"fusing", "blocks", "branches"},  # the last two: what decays, by kind and place
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": {

@@ -58,7 +58,7 @@ class Recipe:
     clip: str  # "all", or "decayed": the group with weight decay only, as RepAn's cycles
     augmentation: Augmentation
     next_start: str  # the next phase goes on from the "best" or the "last" epoch
-    select: str  # "validation" or "test"
+    select: str  # by "validation" or "test" accuracy, or the "last" epoch
     reseed_each_phase: bool  # every phase sees the same order, as RepAn's released code
     precision: str = "float32"  # of replib.training.step.PRECISIONS
     schedule: Schedule = field(default_factory=Schedule)  # of the learning rate within a phase
@@ -380,6 +380,8 @@ class Run:
                 if recipe.schedule.rate_per == "step":
                     set_rate(self.step.optimizer, self.rate(progress.batch))
                 loss = self.step(x, y, *row)
+                if hasattr(task.method, "after_step"):
+                    task.method.after_step()
                 if self.average is not None:
                     self.average.update()
                 progress.loss += loss * len(y)
@@ -478,7 +480,8 @@ class Run:
         )
         self.worked = True
         test_selects = task.recipe.select == "test"
-        score = test if test_selects else validation
+        last = float(len(progress.history))
+        score = {"test": test, "validation": validation, "last": last}[task.recipe.select]
         entry = None
         for name in ("phase_best", "best"):
             best = getattr(progress, name)
