@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -411,13 +413,29 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def together(command: str) -> Iterator[None]:
+    """With the processes that torchrun has started, if it has; the first one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if command not in ("run", "train"):
+        raise UserError(f"{command} is for one process: run it without torchrun.")
+    from replib import parallel
+
+    with Path(os.devnull).open("w") as nowhere, parallel.joined():
+        with contextlib.redirect_stdout(nowhere if parallel.place() else sys.stdout):
+            yield
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, 1 where a check fails, or 2 with one line for a user's mistake."""
     started = time.monotonic()
     try:
         arguments = parser().parse_args(argv)
         arguments.started = started
-        return COMMANDS[arguments.command](arguments) or 0
+        with together(arguments.command):
+            return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
         print(f"replib: {error}", file=sys.stderr)
         return 2

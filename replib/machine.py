@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from replib import parallel
+
 
 @functools.lru_cache
 def commit(folder: Path) -> str:
@@ -37,7 +39,8 @@ def processor() -> str:
 def context(device: str, folder: Path, libraries: Sequence[str] = ("torch",)) -> dict:
     """Where something was computed, as plain data; device is "cpu", "cuda" or "cuda:1"."""
     on_gpu = device.startswith("cuda")
-    return {
+    several = {"processes": parallel.processes()} if parallel.processes() > 1 else {}
+    return several | {
         "commit": commit(folder),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -58,9 +58,9 @@ def watched(monkeypatch, before=lambda step: None, after=lambda step: None):
     """Call these around every training step."""
     update = Step.__call__
 
-    def call(step, *inputs):
+    def call(step, *inputs, **share):
         before(step)
-        loss = update(step, *inputs)
+        loss = update(step, *inputs, **share)
         after(step)
         return loss
 
@@ -524,7 +524,7 @@ def test_the_last_batch_is_dropped(monkeypatch):
         losses = []
         with monkeypatch.context() as patch:
             update = Step.__call__
-            call = lambda *a: (losses.append(update(*a)), losses[-1])[1]  # noqa: E731
+            call = lambda *a, **k: (losses.append(update(*a, **k)), losses[-1])[1]  # noqa: E731
             patch.setattr(Step, "__call__", call)
             history = fit(run).history
         return labels, losses, history

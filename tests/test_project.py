@@ -16,7 +16,8 @@ SOURCES = sorted(ROOT.glob("replib/**/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 LOWER = {  # a part -> the parts it may import, besides itself
     "errors": set(),
-    "machine": set(),
+    "parallel": set(),
+    "machine": {"parallel"},
     "kernels": {"errors"},
     "branches": {"kernels"},
     "squeezing": {"branches", "kernels"},
@@ -32,16 +33,18 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "architectures": {"sources", "models"},
     "official": {"networks", "architectures", "sources", "models", "blocks", "branches", "kernels"},
     "methods": {
-        "narrowing", "training", "models", "networks", "blocks", "branches", "kernels"
+        "parallel", "training", "models", "networks", "blocks", "branches", "kernels",
+        "official", "narrowing",
     },
-    "training": {"fusing", "blocks", "branches"},  # the last two: what decays, by kind and place
+    # blocks and branches: what decays, by kind and place
+    "training": {"parallel", "fusing", "blocks", "branches"},
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": {
         "methods", "training", "machine", "networks", "blocks", "branches", "kernels"
     },
     "experiments": {
         "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
-        "blocks",
+        "blocks", "parallel", "narrowing",
     },
     "benchmark": {
         "verification", "training", "methods", "official", "models", "convert", "fusing",
@@ -53,9 +56,9 @@ LOWER = {  # a part -> the parts it may import, besides itself
     },
     "report": {
         "benchmark", "experiments", "analysis", "training", "models", "blocks", "branches",
-        "kernels",
+        "kernels", "methods",
     },
-    "__main__": {"report", "benchmark", "tools", "experiments", "training"},
+    "__main__": {"report", "benchmark", "tools", "experiments", "training", "parallel"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},
 }  # fmt: skip
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")

@@ -143,9 +143,9 @@ def test_nothing_waits_for_the_device_within_a_step():
     run = task(augmentation=Augmentation(crop_padding=1, flip=True, label_smoothing=0.1))
     waits, update = [], Step.__call__
 
-    def watched(step, *inputs):
+    def watched(step, *inputs, **share):
         with Synchronised() as mode:
-            loss = update(step, *inputs)
+            loss = update(step, *inputs, **share)
         waits.append(mode.found)
         return loss
 

@@ -1,4 +1,7 @@
-"""Cells in parallel on this machine: worker processes of one thread each, or sharing a GPU."""
+"""Cells in parallel on this machine: worker processes of one thread each, or sharing a GPU.
+
+Started by torchrun, all its processes train one cell after the other together.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from replib import parallel
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, cost_of, run_cell
 from replib.experiments.packing import Packing
@@ -37,6 +41,14 @@ class Outcome:
     out_of_time: int  # cells that were not finished; what they had is checkpointed
 
 
+def settle(threads: int) -> None:
+    """So many threads in this process, deterministic."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def start_worker(ticks, threads: int) -> None:
     """In a new worker: one thread, deterministic, and gone as soon as its parent is.
 
@@ -44,10 +56,7 @@ def start_worker(ticks, threads: int) -> None:
     """
     global _ticks
     _ticks = ticks
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settle(threads)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -133,6 +142,7 @@ def run_plan(
     each writes its checkpoint after the step it is at. One that has not, `GRACE` seconds later, is
     stopped, and goes on from the checkpoint before. May be 0 or less: one step of each worker.
     It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
+    Where torchrun has started several processes, they train the cells together, one by one.
     Raises: UserError where results cannot be written, or a worker died.
     """
     started, device = time.monotonic(), device_here(device)
@@ -152,6 +162,10 @@ def run_plan(
             f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
             "permissions."
         ) from None
+    if parallel.processes() > 1:
+        options = {"device": device, "compile": compile, "deadline": deadline}
+        options["checkpoint_seconds"] = checkpoint_seconds
+        return one_by_one(plan, store, missing, title, options)
     costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
     first = urgency(missing, costs)
     waiting = {p.key: p for p in sorted(missing, key=lambda p: -first[p.key])}
@@ -235,6 +249,33 @@ def run_plan(
             process.terminate()  # nothing is lost: see the docstring
         pool.shutdown(wait=True, cancel_futures=True)
     return Outcome(trained, present, stopped + len(running) + len(waiting))
+
+
+def one_by_one(
+    plan: Plan, store: Store, missing: list[Planned], title: str, options: dict
+) -> Outcome:
+    """The missing cells, each trained by all processes together (replib.parallel)."""
+    settle(1)
+    present, quiet = len(plan.cells) - len(missing), parallel.place() > 0
+    total = sum(planned.epochs for planned in missing)
+    title = f"{title} {len(missing)} cells".strip()
+    with tqdm(total=total, desc=title, unit="epoch", disable=quiet, file=sys.stdout) as bar:
+        for done, planned in enumerate(missing):  # parents come first
+            parallel.wait()  # for files of the first process
+            try:
+                run_cell(
+                    planned,
+                    plan.cells,
+                    store,
+                    tick=lambda resumed=0: bar.update(resumed or 1),
+                    say=(lambda text: None) if quiet else bar.write,
+                    decoders=max(1, cores() // parallel.processes()),
+                    **options,
+                )
+            except OutOfTime:
+                return Outcome(done, present, len(missing) - done)
+    parallel.wait()
+    return Outcome(len(missing), present, 0)
 
 
 def drain(ticks, bar: tqdm) -> list[tuple]:

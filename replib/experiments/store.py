@@ -19,6 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from replib import parallel
 from replib.training import checkpoint
 from replib.training.checkpoint import BadCheckpoint, write_bytes
 
@@ -96,7 +97,8 @@ class Store:
         result = finite(result)
         evidence = {"result": result, "result_sha256": sha256(result), "context": context}
         write_bytes(self.own_path(key), compact(evidence))
-        (self.folder(key) / "checkpoint.ckpt").unlink(missing_ok=True)
+        if parallel.place() == 0:
+            (self.folder(key) / "checkpoint.ckpt").unlink(missing_ok=True)
 
     def publish(self, key: str) -> Path:
         """Copy this machine's evidence to the published folder."""

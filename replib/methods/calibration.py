@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from replib import parallel
+
 NORMS = nn.modules.batchnorm._BatchNorm
 
 
@@ -22,7 +24,8 @@ def calibrate(
     batches: inputs of the model, (N, C, H, W) each, all of equal weight. Every norm sees what the
     norms before it give in train mode, that is normalised by the batch. Weights, momentum and the
     train or eval mode of every module are left as they were; norms without running statistics, and
-    those where where(name, norm) is False, are not touched and act as in eval mode.
+    those where where(name, norm) is False, are not touched and act as in eval mode. Of several
+    processes each gives batches of its own, as many, and all get the average over all of them.
     Sources: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018, section 3.2;
     Huang et al., DyRep, CVPR 2022, after a change of structure.
     Raises: ValueError without a batch; nothing is changed then.
@@ -38,6 +41,8 @@ def calibrate(
     with normalised_by_batch(model, chosen.values(), None):  # None: the cumulative average
         for batch in (first, *batches):
             model(batch)
+    measured = [norm.running_mean for norm in chosen.values()]
+    parallel.average(measured + [norm.running_var for norm in chosen.values()])
     return list(chosen)
 
 

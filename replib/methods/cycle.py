@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from replib import parallel
 from replib.blocks import RepBlock
 from replib.branches import Norm
 from replib.kernels import Kernel, convolve
@@ -140,7 +141,8 @@ class Cycle:
         """Merge, redraw, restore. images (N, C, H, W): those that statistics are measured on, by
         "preserving", by norm="match" and by `calibrate`.
 
-        The model's train or eval mode is left as it was.
+        The model's train or eval mode is left as it was. Of several processes all call it, and go
+        on with the network of the first one.
         Raises: ValueError where images are needed and not given.
         """
         self.cycle += 1
@@ -163,6 +165,7 @@ class Cycle:
             if images is None:
                 raise ValueError("calibrate (=True) needs start_cycle(images).")
             calibrate(self.model, [images])
+        parallel.agree(self.model)
 
     @torch.no_grad()
     def restore(

@@ -19,6 +19,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor, nn
 
+from replib import parallel
 from replib.blocks import RepBlock
 from replib.blocks.block import CHANNELS_LAST, PLAIN, Geometry
 from replib.blocks.dyrep import BRANCHES
@@ -159,11 +160,15 @@ def alike(module: nn.Module, site: Site) -> nn.Module:
     return module
 
 
-def block_at(site: Site, names: Sequence[str]) -> Block:
-    """A block of these branches for a site; its values mean nothing yet."""
+def block_at(model: nn.Module, site: Site, names: Sequence[str]) -> Block:
+    """A block of these branches for a site of a model, whose norms are synchronised where the
+    model's are; its values mean nothing yet."""
     flags = [name in names for name in BRANCHES]
     with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
         block = Block(**vars(site.geometry), padding_mode=site.padding_mode, branches=flags)
+    groups = {m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)}
+    for group in groups:
+        block = nn.SyncBatchNorm.convert_sync_batchnorm(block, group)
     return alike(block, site)
 
 
@@ -199,7 +204,7 @@ def rebuild(
             for name in [name for name in site.module.branches if name not in names]:
                 del site.module.branches[name]
         else:
-            replace(path, block_at(site, names))
+            replace(path, block_at(model, site, names))
 
 
 @torch.no_grad()
@@ -313,7 +318,10 @@ class DyRep:
     their order; by default what is new joins the group of the convolution that it grew from.
     where: (path, convolution) -> whether it may grow; by default all may.
     seed: of the new branches, and of "random".
-    One process: under DistributedDataParallel the model must be wrapped again after a change.
+    Under DistributedDataParallel the model is the network inside, the loss comes from the wrapper,
+    and all processes do the same; what has grown is in no old wrapper, so wrap the network again:
+    `if dyrep.after_epoch(batches): wrapper = DistributedDataParallel(model)`. With a gradient
+    scaler, unscale before `after_backward`; a step whose gradients overflow is not counted.
     `log` holds what every adjustment did, `structure` what has changed by now, `kept` the
     convolutions that are never grown, with the reason.
     Raises: ValueError for other values, and where no convolution can grow.
@@ -390,7 +398,9 @@ class DyRep:
     def after_backward(self) -> None:
         """Call after backward (and clipping), before the step: adds up the scores of the step.
 
-        Nothing waits for the device. With a gradient scaler, unscale the gradients first.
+        Nothing waits for the device. Once for each step of the optimizer, on gradients as it sees
+        them: unscaled, and of all parts of the batch. A step with scores that are no numbers, one
+        that a gradient scaler leaves out, is left out.
         """
         if self.current >= self.last_epoch // self.interval * self.interval:
             return  # nothing will be chosen any more
@@ -400,8 +410,10 @@ class DyRep:
             weight, gradient = conv.weight, conv.weight.grad
             gradient = torch.zeros_like(weight) if gradient is None else gradient
             rows.append(torch.stack([score(weight, gradient) for score in SCORES.values()]))
-        total.add_(torch.stack(rows))
-        count.add_(1)
+        scores = torch.stack(rows)
+        finite = scores.isfinite().all()
+        total.add_(torch.where(finite, scores, 0))
+        count.add_(finite)
 
     @property
     def due(self) -> bool:
@@ -417,8 +429,14 @@ class DyRep:
 
         batches: inputs of the model as in training, of which as many are taken as are needed.
         Returns the entry of `log` of an adjustment, None where the structure stays.
-        Raises: ValueError where batches are needed and there are none.
+        Raises: ValueError where batches are needed and there are none; RuntimeError where
+        processes that train together do not hold the same parameters.
         """
+        parallel.check(
+            self.model,
+            "After a change the network must be wrapped again: "
+            "if dyrep.after_epoch(batches): wrapper = DistributedDataParallel(model).",
+        )
         epoch, entry = self.current, None
         if self.due:
             entry = self.adjust(epoch, batches)
@@ -449,12 +467,14 @@ class DyRep:
         entry["weights"], entry["cut"] = self.cut_weak(generator)
         entry["structure"] = {path: list(names) for path, names in self.structure.items()}
         self.log.append(entry)
+        parallel.agree(self.model)
         self.watch()
         self.follow()
         return entry
 
     def means(self) -> dict[str, list[float]]:
-        """Score -> its mean for every candidate since the last adjustment."""
+        """Score -> its mean for every candidate since the last adjustment, and over processes."""
+        parallel.average(self.tensors)
         rows = (self.total / self.count).t().tolist()
         return dict(zip(SCORES, rows, strict=True))
 
@@ -477,7 +497,7 @@ class DyRep:
                 "block on; or say calibration_batches=0."
             )
         conv, exact = site.module, self.fidelity == "exact"
-        block = block_at(site, BRANCHES if site.centred else OFF_CENTRE)
+        block = block_at(self.model, site, BRANCHES if site.centred else OFF_CENTRE)
         main = block.main_branch[0]
         bias = torch.zeros_like(main.bias) if conv.bias is None else conv.bias
         kernel = Kernel(conv.weight, bias, conv.groups, tuple(conv.dilation)).to(torch.float64)

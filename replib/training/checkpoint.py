@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from replib import parallel
+
 MAGIC = b"replib-checkpoint-1\n"
 
 
@@ -21,7 +23,10 @@ class Foreign(BadCheckpoint):
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; a reader never sees half of it."""
+    """Write a file whole or not at all; a reader never sees half of it. Of several processes that
+    train together the first one writes."""
+    if parallel.place():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -8,6 +8,10 @@ where nothing is compiled. It stops and goes on between any two steps.
 
 Within an epoch nothing waits for the device: images, labels, their order and all random numbers of
 the epoch are there at its start, and its loss is read at its end.
+
+Several processes (replib.parallel) compute together what one computes, to rounding: the parts of
+every batch, `Recipe.accumulate`, are dealt out to them. What the network draws itself is another's
+in each, and DBB's padding sees the statistics of its own process until the step is over.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from replib import parallel
 from replib.errors import UserError
 from replib.fusing import deployed_copy, refill
 from replib.training import loader
@@ -103,6 +108,9 @@ class Task:
     compile: str = "none"  # of replib.training.step.MODES, not "auto"; after `fit`: what ran
     say: Callable[[str], None] = print  # takes a line for the user
     known: Tensor | None = None  # (views, images, ...), see known_logits: `loss` is given its rows
+    # Makes the optimizer of the groups, its state allocated; None: the one that the recipe says.
+    optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None
+    observe: Callable[[], dict] = dict  # what the log of every epoch is given besides
 
 
 @dataclass
@@ -135,6 +143,7 @@ def fit(
     deadline: `time.monotonic()` after which the run checkpoints and raises OutOfTime; at least one
     step, or one evaluation, is done before.
     tick: called after every epoch.
+    Of several processes all call it with the same task; `checkpoint` is called in the first one.
     """
     gpus = [task.device] if task.device.startswith("cuda") else []
     with torch.random.fork_rng(gpus):  # what a network draws itself is seeded, see `train_epoch`
@@ -176,6 +185,11 @@ class Run:
             raise UserError(
                 f"batch_size (={task.recipe.batch_size}) with drop_last (=true) must be at most "
                 f"{len(task.train)}, the number of training images."
+            )
+        if task.recipe.accumulate % parallel.processes():
+            raise UserError(
+                f"accumulate (={task.recipe.accumulate}) must be a multiple of "
+                f"{parallel.processes()}, the number of processes: each takes parts of a batch."
             )
         self.progress = Progress(loss=torch.zeros((), device=device))
 
@@ -223,19 +237,23 @@ class Run:
 
     def pause(self) -> None:
         """Between two steps: write the checkpoint that is due; stop where time is over."""
+        if self.checkpoint is None and self.deadline is None:
+            return
         now = time.monotonic()
         late = self.deadline is not None and now > self.deadline and self.worked
-        if self.checkpoint is not None and (late or now - self.written > self.seconds):
+        due = self.checkpoint is not None and (late or now - self.written > self.seconds)
+        late, due = parallel.of_the_first([late, due])
+        if due:
             method = self.task.method
-            self.checkpoint(
-                {
-                    "progress": vars(self.progress),
-                    "model": self.model.state_dict(),
-                    "method": method.state_dict() if method is not None else {},
-                    "optimizer": self.step.optimizer.state_dict(),
-                    "average": self.average.model.state_dict() if self.average else {},
-                }
-            )
+            state = {
+                "progress": vars(self.progress),
+                "model": self.model.state_dict(),
+                "method": method.state_dict() if method is not None else {},
+                "optimizer": self.step.optimizer.state_dict(),
+                "average": self.average.model.state_dict() if self.average else {},
+            }
+            if parallel.place() == 0:
+                self.checkpoint(state)
             self.written = time.monotonic()
         if late:
             raise OutOfTime
@@ -320,7 +338,9 @@ class Run:
             torch.compiler.reset()  # what was compiled for the old structure is of no use
         self.deployed = None
         task, recipe = self.task, self.task.recipe
-        if recipe.optimizer == "adamw":
+        if task.optimizer is not None:
+            optimizer = task.optimizer(task.groups())
+        elif recipe.optimizer == "adamw":
             optimizer = adamw(task.groups(), betas=recipe.betas, epsilon=recipe.epsilon)
         else:
             optimizer = sgd(task.groups(), momentum=recipe.momentum, nesterov=recipe.nesterov)
@@ -365,7 +385,8 @@ class Run:
         self.model.train()
         phase = 0 if recipe.reseed_each_phase else progress.phase
         generator = torch.Generator().manual_seed(derive(task.seed, "order", phase, progress.epoch))
-        own = derive(task.seed, "network", phase, progress.epoch)  # of dropout and the like
+        names = ("network", phase, progress.epoch, parallel.place())
+        own = derive(task.seed, *names[: 4 if parallel.place() else 3])  # of dropout and the like
         places = torch.randperm(len(task.train), generator=generator)[: self.images_per_epoch]
         order = task.train[places]
         images, drawn, boxes = self.drawn(order, generator)
@@ -373,18 +394,25 @@ class Run:
             view = drawn["flip"].long() if "flip" in drawn else torch.zeros_like(places)
             drawn[KNOWN] = task.known[view.to(task.device), places.to(task.device)]
         self.names = tuple(drawn)
-        batches = self.augmented(images, order, drawn, boxes, progress.batch)
+        sizes = [len(batch) for batch in order.split(recipe.batch_size)]
+        shares = [parallel.share(size, self.step.part) for size in sizes][progress.batch :]
+        starts = range(progress.batch * recipe.batch_size, len(order), recipe.batch_size)
+        mine = [
+            torch.arange(start + share.rows.start, start + share.rows.stop)
+            for start, share in zip(starts, shares, strict=True)
+        ]
+        batches = self.augmented(images, order, drawn, boxes, mine)
         with closing(batches):
-            for x, y, *row in batches:
+            for share, (x, y, *row) in zip(shares, batches, strict=True):
                 torch.manual_seed(own + progress.batch)
                 if recipe.schedule.rate_per == "step":
                     set_rate(self.step.optimizer, self.rate(progress.batch))
-                loss = self.step(x, y, *row)
+                loss = self.step(x, y, *row, share=share)
                 if hasattr(task.method, "after_step"):
                     task.method.after_step()
                 if self.average is not None:
                     self.average.update()
-                progress.loss += loss * len(y)
+                progress.loss += loss * share.images
                 progress.batch += 1
                 self.worked = True
                 self.pause()
@@ -395,24 +423,28 @@ class Run:
         order: Tensor,
         drawn: dict[str, Tensor],
         boxes: Tensor | None,
-        done: int = 0,
+        batches: Sequence[Tensor],
     ) -> Iterator[Sequence[Tensor]]:
-        """(images, labels, rows of what was drawn) of the batches of an epoch after `done` ones;
-        see `drawn`."""
-        task, size = self.task, self.task.recipe.batch_size
+        """(images, labels, rows of what was drawn) batch by batch, each given by its places in the
+        order of the epoch; see `drawn`."""
+        task = self.task
+        if not batches:
+            return
         augmentation = task.recipe.augmentation
-        labels = self.labels[order.to(task.device)].split(size)[done:]
-        rows = [value.to(task.device).split(size)[done:] for value in drawn.values()]
-        batches = loader.batches(
+        places, sizes = torch.cat(batches), [len(batch) for batch in batches]
+        order = order[places]
+        labels = self.labels[order.to(task.device)].split(sizes)
+        rows = [v[places.to(v.device)].to(task.device).split(sizes) for v in drawn.values()]
+        loaded = loader.batches(
             images,
-            order.split(size)[done:],
+            order.split(sizes),
             task.device,
-            boxes if boxes is None else boxes[done * size :],
+            boxes if boxes is None else boxes[places],
             interpolation=augmentation.crop_interpolation,
             workers=task.decoders,
         )
-        with closing(batches):
-            for x, y, *row in zip(batches, labels, *rows, strict=True):
+        with closing(loaded):
+            for x, y, *row in zip(loaded, labels, *rows, strict=True):
                 yield augmentation.apply(x, dict(zip(drawn, row, strict=True))), y, *row
 
     def inputs_as_in_training(self) -> Iterator[Tensor]:
@@ -426,7 +458,8 @@ class Run:
             places = torch.randperm(len(task.train), generator=generator)[: self.images_per_epoch]
             order, turn = task.train[places], turn + 1
             images, drawn, boxes = self.drawn(order, generator)
-            with closing(self.augmented(images, order, drawn, boxes)) as batches:
+            whole = torch.arange(len(order)).split(task.recipe.batch_size)
+            with closing(self.augmented(images, order, drawn, boxes, whole)) as batches:
                 for x, y, *row in batches:
                     rows = dict(zip(drawn, row, strict=True))
                     yield augmentation.mixed(self.normalise(x), y, classes, rows)[0]
@@ -464,7 +497,7 @@ class Run:
         def correct(split: Split) -> float | None:
             return accuracy(self.deployed, split, self.pause) if len(split) else None
 
-        test, validation = correct(self.test), correct(self.held_out)
+        test, validation = parallel.of_the_first([correct(self.test), correct(self.held_out)])
         loss = progress.loss.item() / self.images_per_epoch
         progress.history.append(
             {
@@ -476,6 +509,7 @@ class Run:
                 "validation_accuracy": validation,
                 "test_accuracy": test,
                 **(progress.trained or {}),
+                **task.observe(),
             }
         )
         self.worked = True

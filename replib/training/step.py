@@ -17,7 +17,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from replib import parallel
 from replib.errors import UserError
+from replib.parallel import Share
 
 MODES = {
     "none": "every operation is launched by itself",
@@ -92,7 +94,9 @@ class Step:
     after_backward: called between clipping and the optimizer; it may set gradients to None.
     accumulate: a batch goes through the network in so many parts, one after the other, whose
     gradients add up to that of its mean loss: less memory, and norms see a part as one of so many
-    GPUs would. `objective` is then given the parts.
+    GPUs would. `objective` is then given the parts. Of several processes each takes its share of
+    them, `parallel.share(images of the batch, step.part)`; gradients, loss and running statistics
+    are afterwards those of one process that sees all.
     variant: what it does there depends on this value, besides tensors; each has its recording.
     others: tensors that it changes there, in place; those of model and optimizer apart.
     batch: the length of the first axis of a full batch.
@@ -116,6 +120,8 @@ class Step:
         compile: str = "none",
         say: Callable[[str], None] = print,
     ):
+        if parallel.processes() > 1 and compile in RECORDED:
+            compile = "default" if compile == "cudagraphs" else "none"
         self.model, self.optimizer, self.batch = model, optimizer, batch
         self.clipped = parameters_of(optimizer) if clipped is None else clipped
         self.clip_norm, self.after_backward, self.variant = clip_norm, after_backward, variant
@@ -123,6 +129,7 @@ class Step:
         self.mode, self.say = compile, say
         self.part = math.ceil(batch / accumulate)  # images that go through the network at once
         self.structure = structure(model)
+        self.statistics = parallel.Statistics(model)
         device = next(model.parameters()).device.type
 
         def forward(*inputs: Tensor) -> Tensor:
@@ -140,43 +147,51 @@ class Step:
         compiled and recorded as it is, goes on to train it."""
         return structure(self.model) == self.structure
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.mode == "none" or len(inputs[0]) != self.batch:
-            return self.update(self.eager, *inputs)
+    def __call__(self, *inputs: Tensor, share: Share | None = None) -> Tensor:
+        """inputs: the rows of the batch that are this process's, by default all of it."""
+        share = share or parallel.share(len(inputs[0]), self.part)
+        if self.mode == "none" or share.images != self.batch:
+            return self.update(self.eager, *inputs, share=share)
         if not self.compiled:
-            self.compile(*inputs)
+            self.compile(*inputs, share=share)
         if self.mode not in RECORDED:
-            return self.update(self.forward, *inputs)
+            return self.update(self.forward, *inputs, share=share)
         variant = self.variant()
         if variant not in self.recordings:
             self.recordings[variant] = self.recorded(*inputs)
         return self.recordings[variant](*inputs)
 
-    def update(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def update(
+        self, forward: Callable[..., Tensor], *inputs: Tensor, share: Share | None = None
+    ) -> Tensor:
         """The step itself."""
+        share = share or parallel.share(len(inputs[0]), self.part)
         self.optimizer.zero_grad()
-        loss = self.backward(forward, *inputs)
+        with self.statistics.in_turn(share):
+            loss = self.backward(forward, share, *inputs)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parallel.add_up([loss, *gradients])
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.clipped, self.clip_norm)
         self.after_backward()
         self.optimizer.step()
         return loss
 
-    def backward(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """The mean loss of a batch, and its gradients, part by part."""
-        images = len(inputs[0])
-        if images <= self.part:
+    def backward(self, forward: Callable[..., Tensor], share: Share, *inputs: Tensor) -> Tensor:
+        """This process's share of the mean loss of a batch, and of its gradients, part by part."""
+        if share.alone:
             loss = forward(*inputs)
             loss.backward()
             return loss.detach()
         total = 0.0
         for part in zip(*(value.split(self.part) for value in inputs), strict=True):
-            share = forward(*part) * (len(part[0]) / images)
-            share.backward()
-            total = total + share.detach()
+            weight = len(part[0]) / share.images if share.parts else 0.0
+            loss = forward(*part) * weight
+            loss.backward()
+            total = total + loss.detach()
         return total
 
-    def compile(self, *inputs: Tensor) -> None:
+    def compile(self, *inputs: Tensor, share: Share | None = None) -> None:
         """Compile forward and backward, by a step that leaves no trace; eager where that fails."""
         device, self.compiled = next(self.model.parameters()).device.type, True
         if missing := why_not(device):
@@ -187,7 +202,7 @@ class Step:
             self.forward = torch.compile(self.eager, dynamic=False)
             # A process that trains one network after another keeps what it compiled for each.
             with self.left_alone(), torch._dynamo.config.patch(recompile_limit=NETWORKS):
-                self.update(self.forward, *inputs)
+                self.update(self.forward, *inputs, share=share)
         except Exception as error:  # whatever a compiler stumbles over, the eager step may not
             self.say(f"not compiled: {in_one_line(error)}")
             self.forward = self.eager
@@ -291,12 +306,18 @@ def in_one_line(error: Exception) -> str:
 
 
 # -- the optimizer ---------------------------------------------------------------------------------
-def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.SGD:
-    """SGD in one launch for all parameters, its momentum allocated and 0.
+def sgd(
+    groups: list[dict],
+    *,
+    momentum: float,
+    nesterov: bool,
+    kind: Callable[..., torch.optim.SGD] = torch.optim.SGD,
+) -> torch.optim.SGD:
+    """SGD, or a kind of it, in one launch for all parameters, its momentum allocated and 0.
 
     A first step from a momentum of 0 is that of torch without any: buf = 0 momentum + gradient.
     """
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
+    optimizer = kind(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
     for parameter in parameters_of(optimizer) if momentum else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -1,0 +1,199 @@
+"""Several processes that train one network: what they must agree on (torch.distributed).
+
+Every process holds the whole network and sees images of its own; gradients are averaged, by
+DistributedDataParallel in one's own loop and by replib.training.step in ours. What changes a
+network otherwise, merging, drawing, growing, measuring, is done by all of them, and ends here.
+Alone, or without a process group, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that `torchrun --nproc-per-node N` has started, each on its own GPU."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def place() -> int:
+    """Which of them this one is, from 0: the first one writes files and says things."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The values of tensors, of one dtype and device, as one vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+@torch.no_grad()
+def spread(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write such a vector back."""
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, part in zip(tensors, values.split(sizes), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by dtype and device."""
+    groups: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())
+
+
+def together(tensors: Iterable[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """A collective on tensors, in place, as on one vector for each dtype and device."""
+    for members in alike(tensors):
+        values = flat(members)
+        collective(values)
+        spread(values, members)
+
+
+def agree(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first one, bit for bit.
+
+    Between two forward passes the running statistics of processes differ, and so does all that is
+    computed from them.
+    """
+    if processes() > 1:
+        tensors = (*model.parameters(), *model.buffers())
+        together(tensors, lambda flat: dist.broadcast(flat, 0))
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Set tensors to their sum over all processes, equal bit for bit."""
+    if processes() > 1:
+        together(tensors, dist.all_reduce)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Set tensors, floating-point ones, to their mean over all processes."""
+    if processes() > 1:
+
+        def mean(flat: Tensor) -> None:
+            dist.all_reduce(flat)
+            flat.div_(processes())
+
+        together(tensors, mean)
+
+
+def same(model: nn.Module) -> bool:
+    """Whether all processes hold the same parameters, bit for bit; waits for the device."""
+    if processes() == 1:
+        return True
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        values = parameter.detach().cpu().contiguous().view(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    found: list = [None] * processes()
+    dist.all_gather_object(found, digest.hexdigest())
+    return len(set(found)) == 1
+
+
+def check(model: nn.Module, remedy: str) -> None:
+    """Raises: RuntimeError, with the remedy, where processes do not hold the same parameters."""
+    if not same(model):
+        raise RuntimeError(
+            "the processes hold different parameters: their gradients have not been averaged. "
+            + remedy
+        )
+
+
+def of_the_first(values: Sequence[float | None]) -> list[float | None]:
+    """What these numbers are in the first process; CPU tensors need a backend, such as gloo."""
+    if processes() == 1:
+        return list(values)
+    given = [float("nan") if value is None else value for value in values]
+    sent = torch.tensor(given, dtype=torch.float64)
+    dist.broadcast(sent, 0)
+    return [
+        None if value is None else got for value, got in zip(values, sent.tolist(), strict=True)
+    ]
+
+
+# -- a batch, dealt out ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Share:
+    """What one process sees of a batch that goes through the network part by part."""
+
+    images: int  # of the whole batch
+    rows: slice  # of it
+    parts: int  # how many parts they are
+    later: int  # parts that come after them, of other processes
+    count: int  # parts in all
+
+    @property
+    def alone(self) -> bool:
+        """Whether the whole batch is one part, and this process's."""
+        return self.parts == self.count == 1
+
+
+def share(images: int, part: int) -> Share:
+    """This process's parts, of `part` images each, the last perhaps smaller: in a row, and as many
+    as another's, give or take one. Where there are none left its rows are of another's part, which
+    it goes through for nothing, so that its gradients are 0 where the others' are numbers."""
+    count = -(-images // part)
+    first, last = (count * turn // processes() for turn in (place(), place() + 1))
+    rows = slice(first * part, min(last * part, images))
+    rows = rows if first < last else slice(0, min(part, images))
+    return Share(images, rows, last - first, count - last, count)
+
+
+class Statistics:
+    """Running statistics of a network whose processes see the parts of a batch side by side.
+
+    They become what they are in one process that sees the parts one after the other: with momentum
+    m, part after part, r <- (1 - m) r + m s is linear in r and in every s. What is no running
+    statistic, a counter, becomes the sum of what was added.
+    """
+
+    def __init__(self, model: nn.Module):
+        stays: dict[Tensor, float] = {}
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
+                stays |= dict.fromkeys((norm.running_mean, norm.running_var), 1 - norm.momentum)
+        buffers = [b for b in model.buffers() if b.dtype != torch.bool] if processes() > 1 else []
+        self.groups = [
+            (members, flat([torch.full_like(b, stays.get(b, 1)) for b in members]))
+            for members in alike(buffers)
+        ]
+
+    @contextmanager
+    def in_turn(self, share: Share) -> Iterator[None]:
+        """Around the passes of one step."""
+        before = [flat(buffers) for buffers, _ in self.groups]
+        yield
+        for (buffers, stays), old in zip(self.groups, before, strict=True):
+            seen = (flat(buffers) - old * stays**share.parts) * stays**share.later
+            seen = seen if share.parts else torch.zeros_like(seen)
+            dist.all_reduce(seen)
+            spread(seen + old * stays**share.count, buffers)

@@ -1,0 +1,467 @@
+"""Several processes and lower precision: the network that all hold, and the gradients that count.
+
+Two gloo processes are started once, go through every scenario below and leave what they found; a
+test reads it. What changes a network must leave the same bits in both.
+"""
+
+import copy
+import datetime
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import small_task
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from whole import scrambled
+
+from replib import parallel
+from replib.methods import dyrep
+from replib.methods.calibration import calibrate
+from replib.methods.cycle import Cycle
+from replib.methods.dyrep import DyRep
+from replib.models import build
+from replib.training.augmentation import Augmentation
+from replib.training.loop import OutOfTime, fit
+from replib.training.optimisation import parameter_groups
+
+IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+LABELS = torch.arange(16) % 5
+SCENARIOS = {}
+
+
+def scenario(function):
+    """Something that both processes do, given which of the two it is."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def over(name, values):
+    """A scenario for each of these values."""
+
+    def decorate(function):
+        for label in values:
+            SCENARIOS[f"{function.__name__} {label}"] = functools.partial(
+                function, **{name: values[label] if isinstance(values, dict) else label}
+            )
+        return function
+
+    return decorate
+
+
+def go_through(rank, folder, names):
+    """All of these, as one of the two processes."""
+    torch.set_num_threads(1)
+    timeout, store = datetime.timedelta(seconds=120), (folder / "store").as_uri()
+    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timeout)
+    try:
+        found = {name: SCENARIOS[name](rank) for name in names}
+        torch.save(found, folder / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def together(folder, names):
+    """name -> what the two processes have found; the first is this very one."""
+    other = torch.multiprocessing.get_context("spawn").Process(
+        target=go_through, args=(1, folder, names)
+    )
+    other.start()
+    threads = torch.get_num_threads()
+    try:
+        go_through(0, folder, names)
+    finally:
+        torch.set_num_threads(threads)
+        other.join(60)
+        other.kill()
+    two = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return {name: [found[name] for found in two] for name in names}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("two"), [n for n in SCENARIOS if "slow" not in n])
+
+
+@pytest.fixture(scope="module")
+def found_slowly(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("two"), [n for n in SCENARIOS if "slow" in n])
+
+
+def same(first, second):
+    """Bit for bit."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            same(one, other)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def network(block="repvgg"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("digits", block, classes=5, in_channels=3)
+    return scrambled(model.double()).train()
+
+
+def state(model, optimizer=None):
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    if optimizer is not None:
+        values["optimizer"] = copy.deepcopy(optimizer.state_dict()["state"])
+    return values
+
+
+def rows(rank):
+    return slice(8 * rank, 8 * rank + 8)
+
+
+def train(wrapper, optimizer, rank, after=lambda: None, steps=2):
+    """Some steps in one's own loop, on images of one's own."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(wrapper(IMAGES[rows(rank)]), LABELS[rows(rank)]).backward()
+        after()
+        optimizer.step()
+
+
+def sgd(model):
+    return torch.optim.SGD(parameter_groups(model, 1e-3), lr=0.1, momentum=0.9)
+
+
+# -- in one's own loop -----------------------------------------------------------------------------
+CYCLES = {
+    "official": {},
+    "frozen": dict(freeze="zero"),
+    "matched": dict(norm="match"),
+    "calibrated": dict(calibrate=True),
+    "preserving": dict(fidelity="preserving"),
+    "redraw": dict(restructure="redraw"),
+}
+
+
+@over("options", CYCLES)
+def cycle(rank, options):
+    """A cycle after some steps, on images of one's own, seeds of one's own, and some steps more."""
+    model = network()
+    wrapper, optimizer = DistributedDataParallel(model), sgd(model)
+    train(wrapper, optimizer, rank)
+    method = Cycle(model, warmup=2, seed=rank, **options)
+    apart, before = state(model), model.eval()(IMAGES)
+    model.train()
+    method.start_cycle(IMAGES[rows(rank)])
+    restarted, after = state(model), model.eval()(IMAGES)
+    model.train()
+    optimizer = sgd(model)
+    train(wrapper, optimizer, rank, method.after_backward)
+    jump = ((after - before).abs().max() / before.abs().max()).item()
+    return apart, restarted, state(model, optimizer), jump
+
+
+@pytest.mark.parametrize("kind", CYCLES)
+def test_a_cycle_leaves_all_processes_the_same_network(found, kind):
+    (apart, restarted, trained, jump), other = found[f"cycle {kind}"]
+    statistics = [name for name in apart if "running" in name]
+    assert any(not torch.equal(apart[name], other[0][name]) for name in statistics)
+    same(restarted, other[1])
+    buffers = ("running_mean", "running_var", "num_batches_tracked")  # of one's own again
+    for values in (trained, other[2]):
+        for name in [name for name in values if name.endswith(buffers)]:
+            del values[name]
+    same(trained, other[2])
+    assert any(not torch.equal(restarted[name], trained[name]) for name in trained if name in apart)
+    if kind == "preserving":  # the function of the first process, statistics included
+        assert jump < 1e-12 < other[3]
+
+
+def growing(model, optimizer, **options):
+    options = dict(interval=1, last_epoch=100, calibration_batches=2, score="snip") | options
+    return DyRep(model, optimizer, **options)
+
+
+def slopes(block, value):
+    """As if two branches had faded."""
+    for number, branch in enumerate(block.side_branches.values()):
+        dyrep.last_norm(branch).weight.data.fill_(value if number < 2 else 1.5)
+
+
+@scenario
+def growth(rank):
+    """Epochs in each of which a block grows; in the last, branches are cut. Wrapped again."""
+    model = network("convbn")
+    wrapper, optimizer = DistributedDataParallel(model), sgd(model)
+    method = growing(model, optimizer, recalibration_batches=1)
+    states = []
+    for epoch in range(3):
+        if epoch == 2:
+            for path in method.structure:
+                slopes(model.get_submodule(path), 0.01)
+        train(wrapper, optimizer, rank, method.after_backward)
+        if method.after_epoch([IMAGES[rows(rank)]]):
+            wrapper = DistributedDataParallel(model)
+        states.append(state(model, optimizer))
+    train(wrapper, optimizer, rank, steps=1)
+    learned = {n: p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters()}
+    return states, method.log, [p.detach() for p in model.parameters()], learned
+
+
+def test_growth_and_cuts_leave_all_processes_the_same_network(found):
+    (states, log, trained, learned), other = found["growth"]
+    same(states, other[0])
+    same(log, other[1])
+    same(trained, other[2])
+    assert [entry["grown"] is not None for entry in log] == [True] * 3 and log[2]["cut"]
+    assert len({entry["grown"] for entry in log}) > 1
+    assert all(learned.values()), [name for name, there in learned.items() if not there]
+    assert len(states[0]) < len(states[1])
+
+
+@scenario
+def forgotten(rank):
+    """The wrapper of before the growth goes on to be used."""
+    model = network("convbn")
+    wrapper, optimizer = DistributedDataParallel(model), sgd(model)
+    method = growing(model, optimizer)
+    try:
+        for _ in range(2):
+            train(wrapper, optimizer, rank, method.after_backward)
+            method.after_epoch([IMAGES[rows(rank)]])
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_network_that_was_not_wrapped_again_is_noticed(found):
+    for said in found["forgotten"]:
+        assert "different parameters" in said and "DistributedDataParallel(model)" in said
+
+
+@scenario
+def scores(rank):
+    """Of gradients that are averaged; statistics do not come in."""
+    model = network("convbn").eval()
+    method = growing(model, None)
+    train(DistributedDataParallel(model), sgd(model), rank, method.after_backward, steps=3)
+    return method.means()
+
+
+def test_scores_are_those_of_the_whole_batch(found):
+    model = network("convbn").eval()
+    method, optimizer = growing(model, None), sgd(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+        method.after_backward()
+        optimizer.step()
+    same(*found["scores"])
+    for name, values in method.means().items():
+        # float64; synflow is what is left of a sum in which all but an eps cancels
+        assert found["scores"][0][name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
+
+
+@scenario
+def measured(rank):
+    model = network()
+    calibrate(model, [IMAGES[rows(rank)][:4], IMAGES[rows(rank)][4:]])
+    return state(model)
+
+
+def test_calibration_is_over_the_batches_of_all(found):
+    model = network()
+    calibrate(model, IMAGES.split(4))
+    same(*found["measured"])
+    for name, value in state(model).items():
+        if "tracked" not in name:
+            torch.testing.assert_close(found["measured"][0][name], value, rtol=1e-12, atol=1e-12)
+
+
+@scenario
+def agreement(rank):
+    """In every memory layout and dtype; numbers of the first."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3).double())
+    layout = torch.channels_last if rank else torch.contiguous_format
+    model.to(memory_format=layout)
+    own = state(model)
+    before = parallel.same(model)
+    parallel.agree(model)
+    numbers = parallel.of_the_first([rank + 0.5, None, not rank])
+    return own, state(model), (before, parallel.same(model)), numbers
+
+
+def test_agreement_is_with_the_first(found):
+    for _, after, (before, now), numbers in found["agreement"]:
+        same(after, found["agreement"][0][0])
+        assert not before and now and numbers == [0.5, None, 1.0]
+
+
+# -- in the training loop --------------------------------------------------------------------------
+RECIPE = dict(
+    phases=1, epochs=2, batch_size=25, learning_rate=0.1, momentum=0.9, nesterov=True,
+    weight_decay=1e-3, clip_norm=1.0, clip="all", augmentation=Augmentation(crop_padding=1),
+    next_start="last", select="validation", reseed_each_phase=False, accumulate=2,
+)  # fmt: skip
+GROWS = dict(interval=1, last_epoch=100, calibration_batches=1, score="snip")
+RUNS = {  # 60 images in batches of 25, 25 and 10, in parts of 13: one process is left without
+    "cycle": (
+        dict(phases=2, epochs=1, augmentation=Augmentation(mixup=1.0)),
+        "repvgg",
+        lambda model: Cycle(model, warmup=2, fidelity="preserving"),
+    ),
+    "dyrep slow": (dict(epochs=3), "convbn", lambda model: DyRep(model, **GROWS)),
+    "orepa slow": (dict(optimizer="adamw", ema=0.9), "orepa", lambda model: None),
+}
+
+
+def task(kind):
+    recipe, block, method = RUNS[kind]
+    made = small_task(
+        RECIPE | recipe,
+        lambda model: parameter_groups(model, 1e-3),
+        lambda model: method(model.double()),
+        block=block,
+    )
+    return made
+
+
+@over("kind", list(RUNS))
+def trained(rank, kind):
+    """A whole run, and one that was stopped after a step and goes on."""
+    run, kept = task(kind), []
+    history = fit(run).history
+    stopped, resumed, ends = task(kind), task(kind), False
+    try:
+        fit(stopped, checkpoint=kept.append, deadline=0.0)
+    except OutOfTime:
+        ends = True
+    written = [copy.deepcopy(kept)]
+    dist.broadcast_object_list(written, 0)
+    again = fit(resumed, resume=written[0][0]).history
+    return state(run.model), history, state(resumed.model), again, ends, len(kept)
+
+
+def check_run(found, kind):
+    """The two processes, and this one alone."""
+    run = task(kind)
+    alone = fit(run).history
+    (model, history, resumed, again, *ends), other = found[f"trained {kind}"]
+    same((model, history), other[:2])
+    same((model, history), (resumed, again))  # bit for bit
+    assert (ends, list(other[4:])) == ([True, 1], [True, 0])  # both stop, the first writes
+    # float64, sums in another order; a block that has grown pads with its process's statistics
+    close = dict(rtol=1e-2, atol=1e-3) if kind.startswith("dyrep") else dict(rtol=1e-7, atol=1e-9)
+    for name, value in run.model.state_dict().items():
+        if (value.is_floating_point() and "running" not in name) or close["rtol"] < 1e-3:
+            torch.testing.assert_close(model[name], value, **close, msg=name)
+    for ours, theirs in zip(history, alone, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=close["rtol"])
+    return ours, theirs
+
+
+def test_processes_train_what_one_trains(found):
+    ours, theirs = check_run(found, "cycle")
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in RUNS if "slow" in kind])
+def test_processes_train_what_one_trains_by_every_method(found_slowly, kind):
+    check_run(found_slowly, kind)
+
+
+def test_a_part_for_each_process(monkeypatch):
+    monkeypatch.setattr(parallel, "processes", lambda: 3)
+    run = task("cycle")
+    with pytest.raises(ValueError, match=r"accumulate \(=2\) must be a multiple of 3"):
+        fit(run)
+
+
+@pytest.mark.parametrize("images, part, count", [(25, 13, 3), (25, 5, 2), (4, 4, 2), (7, 2, 4)])
+def test_every_part_is_dealt_out_once(monkeypatch, images, part, count):
+    monkeypatch.setattr(parallel, "processes", lambda: count)
+    seen, later = [], []
+    for turn in range(count):
+        monkeypatch.setattr(parallel, "place", lambda turn=turn: turn)
+        share = parallel.share(images, part)
+        assert share.images == images and share.count == -(-images // part)
+        assert share.rows.start < share.rows.stop  # there is always something to go through
+        seen += range(images)[share.rows] if share.parts else []
+        later.append((share.parts, share.later))
+    assert seen == list(range(images))
+    assert all(
+        rest == sum(parts for parts, _ in later[i + 1 :]) for i, (_, rest) in enumerate(later)
+    )
+
+
+# -- lower precision, and a batch in parts ---------------------------------------------------------
+def frozen(model, optimizer):
+    method = Cycle(model, warmup=2, freeze="zero")
+    method.epoch(0)
+    return method.after_backward, lambda: None
+
+
+def scored(model, optimizer):
+    method = growing(model, optimizer)
+    return method.after_backward, lambda: dict(method.means(), steps=method.count.item())
+
+
+LOOPS = {  # (block, model -> optimizer, (model, optimizer) -> (after backward, what it has found))
+    "cycle": ("repvgg", sgd, frozen),
+    "dyrep": ("convbn", sgd, scored),
+    "orepa": ("orepa", sgd, lambda model, optimizer: (lambda: None, lambda: None)),
+}
+
+
+def looped(kind, scaler=None, parts=1, steps=4, overflow=None):
+    """Some steps in float32, norms as evaluated, so that a batch is the sum of its parts."""
+    block, make, method = LOOPS[kind]
+    model = network(block).float().eval()
+    optimizer = make(model)
+    after_backward, report = method(model, optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for x, y in zip(IMAGES.float().chunk(parts), LABELS.chunk(parts), strict=True):
+            loss = F.cross_entropy(model(x), y) / parts
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if step == overflow:
+            next(model.parameters()).grad.view(-1)[0] = float("inf")
+        if scaler is None:
+            after_backward()
+            optimizer.step()
+        else:
+            scaler.unscale_(optimizer)
+            after_backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return state(model), report()
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_scaled_loss_trains_the_same_network(kind):
+    """A power of 2 is exact, and nothing here is small enough to be lost without it."""
+    same(looped(kind), looped(kind, torch.amp.GradScaler("cpu", init_scale=2.0**12)))
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_step_that_overflows_is_as_if_it_had_not_been(kind):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    same(looped(kind, scaler, overflow=3), looped(kind, steps=3))
+    assert scaler.get_scale() == 2.0**11
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_batch_in_parts_trains_the_same_network(kind):
+    whole, parts = looped(kind), looped(kind, parts=2)
+    for name, value in whole[0].items():
+        torch.testing.assert_close(parts[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    if whole[1] is not None:
+        assert parts[1]["snip"] == pytest.approx(whole[1]["snip"], rel=1e-4)
+        assert parts[1]["steps"] == whole[1]["steps"] == 4
