@@ -14,7 +14,7 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.blocks.convbn import ConvBN
-from replib.models.acnet import cifar_quick, densenet40, projected_resnet56, wide_resnet16
+from replib.models.acnet import cifar_quick, densenet40, projected_resnet, wide_resnet16
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
 from replib.models.ghost import repopt_ghostnet
 from replib.models.layers import Family
@@ -62,7 +62,7 @@ BODIES = {
     "cifar_resnet101": resnet101,
     "cifar_vgg16": cifar_vgg16,
     "cifar_quick": cifar_quick,
-    "projected_resnet56": projected_resnet56,
+    **{f"projected_resnet{6 * n + 2}": partial(projected_resnet, n) for n in (3, 9, 18)},
     "wide_resnet16_8": partial(wide_resnet16, 8),
     "densenet40": densenet40,
     "alexnet": partial(alexnet, 5),

@@ -37,16 +37,16 @@ def cifar_quick(
     )
 
 
-def projected_resnet56(
-    *, classes: int, block: Block = "convbn", in_channels: int = 3, width: float = 1.0
+def projected_resnet(
+    n: int, *, classes: int, block: Block = "convbn", in_channels: int = 3, width: float = 1.0
 ) -> nn.Module:
-    """ResNet-56 whose shortcuts are 1x1 convolutions where shapes change: (N, in_channels, H, W)
-    -> (N, classes)."""
+    """The CIFAR ResNet of 6 n + 2 layers whose shortcuts are 1x1 convolutions where shapes change:
+    (N, in_channels, H, W) -> (N, classes). ResRep prunes those of 56 and 110 layers."""
     channels = int(16 * width)
     stages: dict[str, nn.Module] = {"conv1": layer(block, in_channels, channels, 3)}
     for s, base in enumerate((16, 32, 64)):
         wide, stage = int(base * width), nn.Sequential()
-        for i in range(9):
+        for i in range(n):
             stride = 2 if s and not i else 1
             convs = sequence(
                 conv1=layer(block, channels, wide, 3, stride),
