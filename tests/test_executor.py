@@ -154,7 +154,7 @@ def test_a_budget_is_filled_and_not_exceeded(project, in_process, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: float(next(count)))
     steps = []
     update = Step.update
-    monkeypatch.setattr(Step, "update", lambda *a: (steps.append(1), update(*a))[1])
+    monkeypatch.setattr(Step, "update", lambda *a, **k: (steps.append(1), update(*a, **k))[1])
     rows = {"a": {"label": "a"}, "b": {"label": "b", "set": {"learning_rate": 0.2}}}
     table = Table.model_validate(
         dict(title="t", question="q", control="a", seeds=[0], cell=CELL | {"batch_size": 1},
