@@ -29,11 +29,11 @@ from replib.experiments import teachers
 from replib.experiments.cells import (
     Plan,
     Planned,
-    adopt,
+    check_scales_of,
     dataset,
-    file_digest,
     key_of,
     opened,
+    outside,
     split_of,
     trained_model,
     with_teacher,
@@ -202,13 +202,12 @@ def plan_of(values: dict, store: Store) -> Plan:
 
     Raises: UserError for keys, names and sizes that cannot be.
     """
-    plan, start_path = Plan(), None
-    parent, teacher = values.get("start"), values.get("teacher")
-    if isinstance(parent, str) and KEY.fullmatch(parent):
-        values = values | {"start": adopt(plan, store, parent, values.get("data_dir"))}
-    elif isinstance(parent, str):
-        start_path = str(Path(parent).absolute())
-        values = values | {"start": f"file:{file_digest(start_path)}"}
+    plan, paths, teacher = Plan(), {}, values.get("teacher")
+    for role in ("start", "scales"):
+        if isinstance(text := values.get(role), str):
+            text = text if KEY.fullmatch(text) else str(Path(text).absolute())
+            said, paths[f"{role}_path"] = outside(plan, store, role, text, values.get("data_dir"))
+            values = values | {role: said}
     if isinstance(teacher, str):
         values = values | {"teacher": teachers.absolute(teacher)}
     try:
@@ -226,9 +225,11 @@ def plan_of(values: dict, store: Store) -> Plan:
         images = cell.train_images or len(data.train_labels)
         cell = cell.model_copy(update={"held_out": max(1, images // 10)})
     split_of(cell)  # finds impossible sizes before anything is trained
-    cell, outside = with_teacher(cell, plan, store)
+    cell, taught = with_teacher(cell, plan, store)
+    if cell.repopt is not None:
+        check_scales_of(cell, plan.cells.get(cell.scales), "train")
     key = key_of(cell, data.digest)
-    plan.cells[key] = Planned(key, cell, start_path, ("train",), **outside)
+    plan.cells[key] = Planned(key, cell, rows=("train",), **paths, **taught)
     plan.weights.add(key)
     return plan
 

@@ -10,40 +10,19 @@ AdamW multiplies by s, which is right for positive scales only.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import sympy
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from replib import kernels
 from replib.analysis.derivations import Derivation
 from replib.analysis.symbolic import Symbolic, with_symbols
 from replib.blocks import BLOCKS, RepBlock
-from replib.kernels import Kernel
-
-POWERS = {  # what a multiplier makes of a scale
-    "square": lambda s: s * s,
-    "absolute": lambda s: s.abs(),
-    "signed": lambda s: s,
-}
-
-
-def multiplier(block: RepBlock, power: str) -> Any:
-    """What the gradient of the block's kernel is multiplied by, (O, I, *k).
-
-    block: a `CSLA` with constant scales; of numbers or of symbols. power: a key of `POWERS`, or
-    "none" for 1 everywhere.
-    """
-    if power == "none":
-        return torch.full_like(block.branches_kernel().weight, 1.0)
-    total = kernels.identity(block.in_channels, block.dims)
-    for name in ("conv", "1x1"):
-        conv, scale = block.branches[name]
-        ones = Kernel(torch.full_like(conv.weight, 1.0), torch.zeros_like(scale.weight))
-        total = total + kernels.scaled(ones, POWERS[power](scale.weight))
-    return total.weight
+from replib.branches import Convolution, Scale
+from replib.methods.repoptimizers import OPTIMIZERS, multiplier, scales_of
+from replib.networks import outermost_blocks
 
 
 def trained_leaves(block: RepBlock) -> dict[str, nn.Parameter]:
@@ -76,7 +55,7 @@ def one_step(optimizer: str = "sgd", power: str = "square") -> Derivation:
         moved = leaf - (direction(slope) + leaf * decay) * rate
         after |= zip(leaf.values.flat, moved.values.flat, strict=True)
     branches = weight.each(lambda w: w.subs(after, simultaneous=True))
-    factor = multiplier(block, power)
+    factor = multiplier(block, power).weight
     single = weight - (factor * direction(gradient) + weight * decay) * rate
     read_off = (weight - branches - weight * decay * rate) / (direction(gradient) * rate)
     return Derivation(
@@ -103,7 +82,10 @@ def distances(optimizer: str, power: str, steps: int, seed: int, channels: int =
         for parameter in block.branches.parameters():
             parameter.copy_(random(*parameter.shape) / 3 + 0.2)
     image, goal = random(4, channels, 8, 8), random(channels, channels, 3, 3)
-    factor, single = multiplier(block, power).detach(), block.branches_kernel().weight.detach()
+    factor, single = (
+        multiplier(block, power).weight.detach(),
+        block.branches_kernel().weight.detach(),
+    )
     leaves, rate, decay = [*trained_leaves(block).values()], 2e-2, 1e-2
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
     options = {"momentum": 0.9, "nesterov": True} if optimizer == "sgd" else {}
@@ -123,4 +105,101 @@ def distances(optimizer: str, power: str, steps: int, seed: int, channels: int =
                 single.copy_(before + factor * (single - before))
             whole = block.branches_kernel().weight
             apart.append(((whole - single).norm() / whole.norm()).item())
+    return apart
+
+
+class Two(nn.Module):
+    """Two layers made by `layer`, each with a norm and a ReLU, and a classifier: (N, 3, H, W) ->
+    (N, 5)."""
+
+    def __init__(self, layer: Callable[..., nn.Module], channels: int = 6):
+        super().__init__()
+        self.first, self.second = layer(3, channels, stride=2), layer(channels, channels)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(2))
+        self.head = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.first(x)).relu()
+        x = self.norms[1](self.second(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def of_blocks(family: str, options: Mapping[str, object], seed: int) -> Two:
+    """Of blocks of a family, in float64; their scales are between 0.3 and 1.3, half negative."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(*shape: int, stride: int = 1) -> RepBlock:
+        block = BLOCKS[family](*shape, stride=stride, **options)
+        block.post_norm = None  # the network's own follows
+        return block
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Two(layer).double()
+    for scale in scales_of(network).values():
+        size, sign = torch.rand(2, *scale.shape, generator=generator, dtype=torch.float64)
+        scale.copy_((size + 0.3) * (2 * sign.round() - 1))
+    return network
+
+
+@torch.no_grad()
+def of_single_kernels(blocks: Two) -> Two:
+    """The network of plain convolutions that computes what one of blocks does."""
+    network = Two(lambda i, o, stride=1: nn.Conv2d(i, o, 3, stride, padding=1, bias=False)).double()
+    for name in ("norms", "head"):
+        getattr(network, name).load_state_dict(getattr(blocks, name).state_dict())
+    for path, block in outermost_blocks(blocks).items():
+        kernel = block.in_own_form(block.branches_kernel())
+        network.get_submodule(path).weight.copy_(kernel.weight)
+    return network
+
+
+@torch.no_grad()
+def kernels_apart(blocks: Two, single: Two) -> float:
+    """The largest difference of their kernels, relative to the largest number of the kernel."""
+    pairs = [
+        (block.in_own_form(block.branches_kernel()).weight, single.get_submodule(path).weight)
+        for path, block in outermost_blocks(blocks).items()
+    ]
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+
+
+def side_by_side(
+    optimizer: str = "sgd",
+    family: str = "csla",
+    options: Mapping[str, object] | None = None,
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    signed: bool = False,
+    **settings,
+) -> list[float]:
+    """How far a network of blocks and one of single kernels are apart, step by step.
+
+    The blocks are trained by torch's optimizer, their scales standing still but for those of
+    identities; the kernels by the RepOptimizer of the same settings. All parameters are decayed
+    alike; every step sees 16 images of fresh noise, whose loss is summed, so that no gradient
+    vanishes; float64. signed: of `RepAdamW`.
+    """
+    blocks = of_blocks(family, options or {}, seed)
+    single, constants = of_single_kernels(blocks), set()
+    for block in outermost_blocks(blocks).values():
+        for branch in block.branches.values():
+            parts = [*branch.modules()]
+            if any(isinstance(part, Convolution) for part in parts):
+                constants |= {part.parameter for part in parts if isinstance(part, Scale)}
+    free = [parameter for parameter in blocks.parameters() if parameter not in constants]
+    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](free, **settings)
+    own = {"signed": True} if signed else {}
+    multiplied = OPTIMIZERS[optimizer](single, blocks, **settings, **own)
+    generator, apart = torch.Generator().manual_seed(seed), []
+    labels = torch.arange(16) % 5
+    for _ in range(steps):
+        images = torch.randn(16, 3, 9, 9, generator=generator, dtype=torch.float64)
+        for network, moving in ((blocks, plain), (single, multiplied)):
+            moving.zero_grad()
+            F.cross_entropy(network(images), labels, reduction="sum").backward()
+            moving.step()
+        apart.append(kernels_apart(blocks, single))
     return apart

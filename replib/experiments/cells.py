@@ -20,11 +20,19 @@ from replib import machine
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import teachers
-from replib.experiments.params import KEY, Cell, Table, built
+from replib.experiments.params import (
+    KEY,
+    Cell,
+    Table,
+    built,
+    check_scales,
+    searched_network,
+    short,
+)
 from replib.experiments.store import Store, home, sha256
 from replib.experiments.weights import file_digest, fill, located, state_of
 from replib.fusing import deployed_copy
-from replib.methods import cycle, distill, dyrep
+from replib.methods import cycle, distill, dyrep, repoptimizers
 from replib.models import BODY_VERSIONS
 from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
@@ -32,7 +40,7 @@ from replib.training.evaluation import Split, accuracy, deployed_report
 from replib.training.known_logits import known_logits, left_over
 from replib.training.loop import Recipe, Task, fit
 from replib.training.optimisation import parameter_groups
-from replib.training.step import chosen
+from replib.training.step import chosen, sgd
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Planned:
     key: str
     cell: Cell  # `start` and `teacher` are keys, or "NAME:DIGEST" of what is no cell
     start_path: str | None = None  # where `start` is a file
+    scales_path: str | None = None  # where `scales` are one
     rows: tuple[str, ...] = ()  # the rows of the table that it serves
     taught_by: str | None = None  # where `teacher` is no cell: how the row names it
     teacher_flops: int = 0  # of its forward pass on one image, then
@@ -49,7 +58,7 @@ class Planned:
     @property
     def parents(self) -> dict[str, str]:
         """role -> key of the cells that must be trained first."""
-        roles = {"start": self.cell.start, "teacher": self.cell.teacher}
+        roles = {role: getattr(self.cell, role) for role in ("start", "teacher", "scales")}
         return {role: key for role, key in roles.items() if key is not None and ":" not in key}
 
     @property
@@ -91,6 +100,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
         versions |= {"dyrep": dyrep.VERSION, "block:dyrep": BLOCKS["dyrep"].version}
     if cell.distill is not None:
         versions["distill"] = distill.VERSION
+    if cell.repopt is not None:  # the version of a search is in its key
+        versions |= {"repopt": repoptimizers.VERSION, "block:csla": BLOCKS["csla"].version}
     return versions
 
 
@@ -109,23 +120,23 @@ def plan(table: Table, store: Store | None = None) -> Plan:
     for seed in table.seeds:
         for row in order:
             spec, values = table.rows[row], table.cell_of(row, seed)
-            start_path = None
-            if spec.start in table.rows:
-                values["start"] = out.by_row[spec.start, seed]
-            elif spec.start is not None and KEY.fullmatch(spec.start):
-                data_dir = values.get("data_dir")
-                values["start"] = adopt(out, store, spec.start, data_dir)
-            elif spec.start is not None:
-                start_path = spec.start
-                values["start"] = f"file:{file_digest(start_path)}"
+            paths = {}
+            for role in ("start", "scales"):
+                if (text := getattr(spec, role)) in table.rows:
+                    values[role] = out.by_row[text, seed]
+                elif text is not None:
+                    folder = values.get("data_dir")
+                    values[role], paths[f"{role}_path"] = outside(out, store, role, text, folder)
             in_table = spec.teacher in table.rows
             values["teacher"] = out.by_row[spec.teacher, seed] if in_table else spec.teacher
-            cell, outside = with_teacher(Cell.model_validate(values), out, store)
+            cell, teacher = with_teacher(Cell.model_validate(values), out, store)
+            if cell.repopt is not None:
+                check_scales_of(cell, out.cells.get(cell.scales), row)
             split_of(cell)  # finds impossible sizes before anything is trained
             key = key_of(cell, dataset(cell).digest)
             known = out.cells.get(key)
-            rows = (*(known.rows if known else ()), row)
-            out.cells[key] = Planned(key, cell, start_path, tuple(dict.fromkeys(rows)), **outside)
+            rows = tuple(dict.fromkeys((*(known.rows if known else ()), row)))
+            out.cells[key] = Planned(key, cell, rows=rows, **paths, **teacher)
             out.by_row[row, seed] = key
     return out
 
@@ -191,6 +202,26 @@ def teacher_of(planned: Planned, plan_cells: dict[str, Planned], store: Store) -
         given, wanted = (data.mean, data.deviation), (cell.teacher_mean, cell.teacher_deviation)
         network = teachers.Restandardised(network, given, wanted)
     return network.eval().requires_grad_(False)
+
+
+def outside(
+    out: Plan, store: Store, role: str, text: str, data_dir: str | None
+) -> tuple[str, str | None]:
+    """(what a cell says, the path) of a parent that is no row of the table: a finished cell, which
+    is taken into the plan, or a file."""
+    if KEY.fullmatch(text):
+        return adopt(out, store, text, data_dir, role), None
+    return f"file:{file_digest(text, role)}", text
+
+
+def check_scales_of(cell: Cell, parent: Planned | None, row: str) -> None:
+    """Raises: UserError where the scales of a search are none for the network of a cell."""
+    search = None if parent is None else parent.cell
+    try:
+        imagined = searched_network(cell, search)
+        check_scales(cell.network, imagined, None if search is None else search.network)
+    except ValueError as error:
+        raise UserError(f"row {row}: scales (={short(cell.scales)}): {error}") from None
 
 
 def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "start") -> str:
@@ -281,6 +312,42 @@ def with_weights(cell: Cell, weights: dict) -> nn.Module:
     return model
 
 
+def searched(planned: Planned, plan_cells: dict[str, Planned], store: Store) -> nn.Module | None:
+    """The network with branches that a cell is trained as, its scales being those that the cell
+    says; None for a cell without such a one.
+
+    Raises: UserError where its scales are not here, or not of this network.
+    """
+    cell, path = planned.cell, planned.scales_path
+    if cell.repopt is None:
+        return None
+    parent = plan_cells.get(cell.scales)
+    data = dataset(cell)
+    shape = {"classes": len(data.classes), "in_channels": data.in_channels}
+    with torch.random.fork_rng(devices=[]):  # its kernels are not used
+        network = built(searched_network(cell, parent and parent.cell), **shape)
+    if parent is not None:
+        state = trained_model(parent, store).state_dict()
+    elif path is not None:
+        try:
+            state = state_of(located(path), cell.body, network)
+        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"scales (={path!r}) cannot be read: {said[:300]}") from None
+    elif cell.scales is not None:
+        raise UserError(
+            f"cell {planned.key[:16]} has to be trained again with the scales {cell.scales}: run "
+            "the table that it is of."
+        )
+    try:
+        if cell.scales is not None:
+            repoptimizers.load_scales(network, state)
+    except ValueError as error:
+        raise UserError(f"scales (={path or cell.scales!r}): {error}") from None
+    repoptimizers.set_constants(network, cell.repopt.constants)
+    return network
+
+
 def load_start(model: nn.Module, cell: Cell, path: str) -> None:
     """Begin from a file: a network of ours, a checkpoint, or RepAn's layout of its CIFAR bodies.
 
@@ -323,6 +390,10 @@ def run_cell(
         load_start(model, cell, planned.start_path)
     elif cell.start is not None:
         model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
+    search = searched(planned, plan_cells, store)
+    if search is not None and cell.repopt.initialise:
+        drawn = torch.Generator().manual_seed(derive(cell.seed, "branches"))
+        repoptimizers.reinitialise(model, search, drawn, cell.repopt.identity)
     teacher = teacher_of(planned, plan_cells, store)
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
@@ -347,6 +418,8 @@ def run_cell(
             changes=cell.dyrep is not None,
         ),
         say=say,
+        optimizer=optimizer_of(cell, model, search),
+        observe=(lambda: {"scales": repoptimizers.mean_scales(model)}) if cell.search else dict,
     )
     resume, problem = store.load(key, "checkpoint")
     if problem:
@@ -484,6 +557,20 @@ def method_of(cell: Cell, model: nn.Module) -> cycle.Cycle | dyrep.DyRep | None:
         if params is not None:
             return kind(model, **params.model_dump(), seed=derive(cell.seed, "redraw"))
     return None
+
+
+def optimizer_of(
+    cell: Cell, model: nn.Module, search: nn.Module | None
+) -> Callable[[list[dict]], torch.optim.Optimizer] | None:
+    """What makes the RepOptimizer of a cell; None where its recipe's own will do."""
+    if search is None or not cell.repopt.multiply:
+        return None
+    if cell.optimizer == "sgd":
+        kind = functools.partial(repoptimizers.RepSGD, model, search)
+        return functools.partial(sgd, momentum=cell.momentum, nesterov=cell.nesterov, kind=kind)
+    options = {"lr": 0.0, "betas": tuple(cell.betas), "eps": cell.epsilon}
+    signed = cell.repopt.signed
+    return functools.partial(repoptimizers.RepAdamW, model, search, signed=signed, **options)
 
 
 def recipe_of(cell: Cell) -> Recipe:

@@ -23,6 +23,7 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
+from replib.methods import repoptimizers
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE, Cycle
 from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
 from replib.models import BODIES, build
@@ -77,6 +78,16 @@ class DyRepParams(Strict):
     slope: Annotated[float, Field(gt=0, le=1)] = SLOPE  # of the last norm of a new branch
     calibration_batches: Annotated[int, Field(ge=0, le=10**4)] = 20  # for the norms of a new block
     recalibration_batches: Annotated[int, Field(ge=0, le=10**4)] = 0  # all norms, other epochs
+
+
+class RepOptParams(Strict):
+    """A network without branches, trained as if it had some (replib.methods.repoptimizers)."""
+
+    constants: Literal[tuple(repoptimizers.CONSTANTS)] = "searched"
+    initialise: bool = True  # its kernels begin as the branches would merge to
+    multiply: bool = True  # its gradients are multiplied by what the scales make of them
+    identity: Literal[tuple(repoptimizers.IDENTITY)] = "scale"  # what is on the diagonal at first
+    signed: bool = False  # AdamW: by the scales themselves, as released, not by their size
 
 
 class DistillParams(Strict):
@@ -167,6 +178,9 @@ class Cell(Strict):
     cycle: CycleParams | None = None
     dyrep: DyRepParams | None = None
     distill: DistillParams | None = None
+    search: bool = False  # a search for RepOptimizers: the mean of every scale is logged
+    repopt: RepOptParams | None = None
+    scales: str | None = None  # key of the cell that searched for them, or path of a file
     start: str | None = None  # key of a parent cell, or path of a checkpoint
     teacher: str | None = None  # key of a parent cell, or "NAME:DIGEST" of one from outside
     # What the teacher's inputs are standardised by; None: as it says itself, else as the data.
@@ -214,7 +228,37 @@ class Cell(Strict):
                 )
         if self.dyrep is not None:
             self.growth_is_consistent()
+        self.scales_are_consistent()
         return self
+
+    def scales_are_consistent(self) -> None:
+        """Rules between repopt and the other keys. Raises: ValueError."""
+        if self.repopt is None:
+            if self.scales is not None:
+                raise ValueError(f"scales (={short(self.scales)}) needs repopt: what they are for")
+            return
+        constants = self.repopt.constants
+        if (self.scales is None) == (constants in ("searched", "mean")):
+            need = "needs scales: a row that searches" if self.scales is None else "takes no scales"
+            raise ValueError(f"repopt.constants (={constants}) {need}")
+        if not (self.repopt.initialise or self.repopt.multiply):
+            raise ValueError(
+                "repopt must have initialise or multiply at true, or be left out: the network "
+                "would be trained as any other"
+            )
+        if self.repopt.signed and (self.optimizer != "adamw" or not self.repopt.multiply):
+            raise ValueError("repopt.signed (=true) is for optimizer=adamw with repopt.multiply")
+        if self.block != "convbn":
+            raise ValueError(f"block (={self.block}) with repopt must be convbn: without branches")
+        wrong = {"cycle": self.cycle is not None, "dyrep": self.dyrep is not None}
+        wrong |= {"start": self.start is not None and self.repopt.initialise}
+        for name in (name for name, found in wrong.items() if found):
+            raise ValueError(f"{name} and repopt exclude each other: leave one of them out")
+        if self.clip_norm is not None:
+            raise ValueError(
+                f"clip_norm (={self.clip_norm}) with repopt must be null: the norm of its "
+                "gradients is not that of the branches"
+            )
 
     def growth_is_consistent(self) -> None:
         """Rules between dyrep and the other keys. Raises: ValueError."""
@@ -331,7 +375,7 @@ ADDED = {
     "milestones", "milestone_factor", "warmup_epochs", "warmup_steps", "warmup_rate", "warmup_per",
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
-    "initialisation", "dyrep",
+    "initialisation", "dyrep", "search", "repopt", "scales",
     "views",
 }  # fmt: skip
 
@@ -342,7 +386,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
     for name, info in model.model_fields.items():
         optional, kind = copy.copy(info), info.annotation
         optional.default = None
-        for nested in (CycleParams, DyRepParams, DistillParams):
+        for nested in (CycleParams, DyRepParams, DistillParams, RepOptParams):
             if kind == nested | None:
                 kind = fragment(nested) | None
         if name not in GIVEN:
@@ -350,7 +394,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
     return create_model(model.__name__, __base__=Strict, **fields)
 
 
-GIVEN = ("seed", "start", "teacher")  # of a cell: set by `seeds` and by the row, nowhere else
+GIVEN = ("seed", "start", "teacher", "scales")  # of a cell: from `seeds` and the row, nowhere else
 Fragment = fragment(Cell)
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
 
@@ -368,6 +412,7 @@ class Row(Strict):
     set: dict[str, Any] = {}  # cell parameters of this row alone
     start: str | None = None  # a row, the key of a finished cell, or the path of a checkpoint
     teacher: str | None = None  # a row, a key, or what replib.experiments.teachers opens
+    scales: str | None = None  # of RepOptimizers: a row or a key that searched, or a file
     against: str | None = None  # the row that its gain is taken over
     as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
     published_gain: float | None = None  # the paper's gain in points, established ones only
@@ -431,9 +476,10 @@ class Table(Strict):
                         f"rows.{name}.use: no recipe {recipe!r}; there are "
                         f"{', '.join(self.recipes)}"
                     )
-            for key in ("teacher", "against", "as_long_as"):
+            for key in ("teacher", "scales", "against", "as_long_as"):
                 other = getattr(row, key)
-                outside = key == "teacher" and other is not None and not could_be_row(other)
+                parent = key in ("teacher", "scales")
+                outside = parent and other is not None and not could_be_row(other)
                 if other is not None and other not in self.rows and not outside:
                     raise ValueError(
                         f"rows.{name}.{key}: no row {getattr(row, key)!r}; there are "
@@ -458,7 +504,7 @@ class Table(Strict):
             if row in path:
                 raise ValueError(f"rows: {' -> '.join((*path, row))} is a circle")
             spec = self.rows[row]
-            for parent in (spec.start, spec.teacher, spec.as_long_as):
+            for parent in (spec.start, spec.teacher, spec.scales, spec.as_long_as):
                 if parent in self.rows:
                     visit(parent, (*path, row))
             if row != name and row not in order:
@@ -600,6 +646,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "cycle": CycleParams,
             "dyrep": DyRepParams,
             "distill": DistillParams,
+            "repopt": RepOptParams,
         }
         for part in loc[:-1]:
             model = nested.get(part, model)
@@ -607,7 +654,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
         message = "no such key" + (f", perhaps {near[0]} is meant" if near else "")
         message += f"; the keys here are {', '.join(model.model_fields)}"
         if model is Fragment and loc[-1] in GIVEN:
-            message += f" ({loc[-1]} comes from seeds, or from a row's own start and teacher)"
+            message += f" ({loc[-1]} comes from seeds, or from a row's own {', '.join(GIVEN[1:])})"
     value = first.get("input")
     shown = "" if isinstance(value, dict | BaseModel) else f" (={short(value)})"
     shown = f"{key}{shown}: " if key else ""
@@ -654,7 +701,7 @@ def with_variants(values: dict) -> dict:
                 used = spec.get("use", [])
                 relations = {
                     key: own(spec[key])
-                    for key in ("start", "teacher", "against", "as_long_as")
+                    for key in ("start", "teacher", "scales", "against", "as_long_as")
                     if isinstance(spec.get(key), str) and spec[key] in here
                 }
                 spec = spec | relations | {"variant": variant.label}
@@ -709,22 +756,56 @@ def built(network: tuple, *, classes: int, in_channels: int) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def buildable(network: tuple, blocks: tuple[str, ...] | None, grows: bool) -> None:
+def buildable(
+    network: tuple, blocks: tuple[str, ...] | None, grows: bool, searches: bool = False
+) -> None:
     """Raises: ValueError where there is no such network, or it has no such blocks, or nothing in it
-    that grows."""
+    that grows, or no scales to search for."""
     with torch.device("meta"):  # shapes only: nothing is drawn or stored
         model = built(network, classes=10, in_channels=3)
         if blocks is not None:
             Cycle(model, warmup=1, blocks=blocks)
         if grows:
             DyRep(model, interval=1, last_epoch=1)
+        if searches:
+            repoptimizers.scales_of(model)
+
+
+def searched_network(cell: Cell, parent: Cell | None) -> tuple:
+    """The network of a cell with the blocks whose scales it is trained with, as `built` takes it:
+    those of its search, by default csla."""
+    body, _, width, _, *rest = cell.network
+    block, options = ("csla", ()) if parent is None else (parent.block, parent.network[3])
+    return (body, block, width, options, *rest)
+
+
+@lru_cache(maxsize=1024)
+def check_scales(network: tuple, imagined: tuple, search: tuple | None) -> None:
+    """Raises: ValueError where a network cannot be trained as the imagined one would be, or that
+    one's scales are not those of the search."""
+    with torch.device("meta"):
+        shape = {"classes": 10, "in_channels": 3}
+        model, whole = built(network, **shape), built(imagined, **shape)
+        repoptimizers.multipliers(model, whole, "square")
+        if search is None:
+            return
+        theirs, ours = (
+            {name: tuple(scale.shape) for name, scale in repoptimizers.scales_of(one).items()}
+            for one in (built(search, **shape), whole)
+        )
+        for name in ours.keys() | theirs.keys():
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the scale {name} is of {ours.get(name)} channels here and of "
+                    f"{theirs.get(name)} where it is searched"
+                )
 
 
 def check_network(cell: Cell, where: str) -> None:
     """Build the network of a cell once, to find mistakes early."""
     chosen = cell.cycle and cell.cycle.blocks
     try:
-        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None)
+        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None, cell.search)
     except ValueError as error:
         raise UserError(f"{where}: body={cell.body}, block={cell.block}: {error}") from None
 
@@ -732,7 +813,7 @@ def check_network(cell: Cell, where: str) -> None:
 def check_row(table: Table, row: str, where: str) -> Cell:
     """Make the cell of a row once, with placeholder parents, to find mistakes early."""
     spec = table.rows[row]
-    parents = {"start": spec.start, "teacher": spec.teacher}
+    parents = {name: getattr(spec, name) for name in GIVEN[1:]}
     try:
         cell = Cell.model_validate(table.cell_of(row, table.seeds[0]) | parents)
     except ValidationError as error:

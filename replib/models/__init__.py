@@ -17,6 +17,7 @@ from replib.blocks.convbn import ConvBN
 from replib.models.acnet import cifar_quick, densenet40, projected_resnet, wide_resnet16
 from replib.models.cifar_repvgg import WIDTH_FACTORS, cifar_repvgg, digits_net
 from replib.models.ghost import repopt_ghostnet
+from replib.models.known import KNOWN, from_torchvision
 from replib.models.layers import Family
 from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
 from replib.models.replknet import REPLKNET, replknet
@@ -76,7 +77,8 @@ BODIES = {
     "repvgg_b0_residual": partial(residual_repvgg, "b0"),
     "repvggplus_l2pse": RepVGGPlus,
     **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
-    "repopt_ghostnet_050": partial(repopt_ghostnet, 0.5),
+    "repopt_ghostnet_050": partial(repopt_ghostnet, width=0.5),
+    **{name: partial(from_torchvision, name) for name in KNOWN},
     **{f"replknet_{name}": partial(replknet, name) for name in REPLKNET},
     **{f"repmlpnet_{name}": partial(repmlpnet, name) for name in REPMLPNET},
 }

@@ -8,7 +8,7 @@ RepVGGplus is that of the released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from torch import Tensor, nn
@@ -84,14 +84,24 @@ def repvgg(
 
 
 def repopt_vgg(
-    name: str, *, classes: int, block: Block = "convbn", in_channels: int = 3, width: float = 1.0
+    name: str,
+    *,
+    classes: int,
+    block: Block = "convbn",
+    in_channels: int = 3,
+    width: float = 1.0,
+    strides: Sequence[int] = (2, 2, 2, 2, 2),
 ) -> nn.Module:
     """RepOpt-VGG b1 b2 l1 l2: (N, in_channels, H, W) -> (N, classes).
 
     block "convbn" is the network that is trained with RepOptimizers, "csla" that of the search
     for their scales, which start at sqrt(2 / i) in layer i of a stage.
+    strides: of the first layer and of the first ones of the four stages (table 6 of the paper).
+    Raises: ValueError for strides that are not five integers of at least 1.
     """
-    return plain_stages(name, block, classes, in_channels, width)
+    if len(strides) != 5 or any(not isinstance(s, int) or s < 1 for s in strides):
+        raise ValueError(f"strides (={list(strides)}) must be five integers of at least 1.")
+    return plain_stages(name, block, classes, in_channels, width, strides)
 
 
 class ReLUBranches(nn.Module):
@@ -158,17 +168,23 @@ def residual_repvgg(
 
 
 def plain_stages(
-    size: str, block: Block, classes: int, in_channels: int, width: float = 1.0, **options
+    size: str,
+    block: Block,
+    classes: int,
+    in_channels: int,
+    width: float = 1.0,
+    strides: Sequence[int] = (2, 2, 2, 2, 2),
+    **options,
 ) -> nn.Module:
     """One layer, four stages, a linear classifier."""
     channels, indices = widths(size, width), count(1)
     options_of_first = {key: value for key, value in options.items() if key != "groups"}
     stages: dict[str, nn.Module] = {
-        "stage0": layer(block, in_channels, channels[0], 3, 2, **options_of_first)
+        "stage0": layer(block, in_channels, channels[0], 3, strides[0], **options_of_first)
     }
     for i, depth in enumerate(SIZES[size][0]):
         arguments = (block, channels[i], channels[i + 1], depth, indices)
-        stages[f"stage{i + 1}"] = stage(*arguments, **options)
+        stages[f"stage{i + 1}"] = stage(*arguments, stride=strides[i + 1], **options)
     return sequence(**stages, **pooled(channels[-1], classes))
 
 
