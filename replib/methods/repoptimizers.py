@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from replib import kernels
+from replib import kernels, parallel
 from replib.blocks import RepBlock
 from replib.branches import Chain, Convolution, Norm, Piece, Scalar, Scale, Sum
 from replib.kernels import Kernel
@@ -253,7 +253,7 @@ def reinitialise(
 
     The main branch takes the network's own kernel, convolutions beside it are drawn anew as PyTorch
     does, the scales are those of `search`. identity: of `IDENTITY`, released "scale"; the paper's
-    text says 1.
+    text says 1. Of several processes all call it, and get the kernels of the first one.
     Raises: ValueError for another value, and for a network that has been trained.
     """
     if identity not in IDENTITY:
@@ -281,6 +281,7 @@ def reinitialise(
         conv.weight.copy_(kernel.weight)
         if with_bias:
             conv.bias.copy_(kernel.bias)
+    parallel.agree(model)
 
 
 @torch.no_grad()
@@ -412,6 +413,7 @@ class Multiplied(torch.optim.Optimizer):
     scales: str  # SHA-256 of the scales that the factors are made of
 
     def adopt(self, model: nn.Module, search: nn.Module, power: str) -> None:
+        parallel.agree(search)
         self.factors = multipliers(model, search, power)
         self.scales = digest(search, power)
         ours = {parameter for group in self.param_groups for parameter in group["params"]}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replib import kernels
+from replib import kernels, parallel
 from replib.blocks import RepBlock
 from replib.blocks.compactor import Compacted
 from replib.blocks.convbn import ConvBN
@@ -81,8 +81,8 @@ class ResRep:
     mask, and the lasso alone pulls. momentum: of the compactors in the optimizer.
     drop: of `DROPS`, what is pruned in the end; "target" for what never gets to zero.
     measure: epochs from one full measurement of `measured` to the next.
-    In a distributed run wrap the model after this; all processes choose the same mask, since their
-    compactors are equal. With a gradient scaler, unscale the gradients before `after_backward`.
+    Of several processes all do the same: wrap the model after this, and call `pruned` in all, which
+    prunes the network of the first one. With a gradient scaler, unscale before `after_backward`.
     Raises: ValueError for other values, and where no channels can be removed.
     """
 
@@ -185,7 +185,14 @@ class ResRep:
     @torch.no_grad()
     def choose(self) -> None:
         """Choose the mask anew: the smallest rows of all compactors together, those that are masked
-        now and `rows` more, as long as what is not masked costs more than the target."""
+        now and `rows` more, as long as what is not masked costs more than the target.
+
+        Raises: RuntimeError where processes that train together have other compactors.
+        """
+        parallel.check(
+            nn.ParameterList(self.rows.values()),
+            "Wrap the network in DistributedDataParallel after ResRep has changed it, not before.",
+        )
         widths, limit = self.unmasked(), self.target * self.cost.total
         masked = sum(span.width - widths[name] for name, span in self.spans.items())
         most = masked + self.most if self.cost(widths) > limit else None
@@ -255,6 +262,7 @@ class ResRep:
         drop: of `DROPS`, by default as constructed. The model stays what it is. Layers whose
         channels stay keep what is behind them; `replib.fuse` folds the rest of the norms.
         """
+        parallel.agree(self.model)
         merged_net = merged(self.model, self.spans, self.compactors)
         images = self.images.to(next(merged_net.parameters()))
         return emptied(merged_net, self.spans, self.kept(drop), images)
@@ -339,6 +347,7 @@ def shrunk(
     """
     if rule not in RULES:
         raise ValueError(f"rule (={rule!r}) must be one of {', '.join(RULES)}.")
+    parallel.agree(model)
     chosen = spans(model, targets)
     cost = Cost(model, chosen, images)
     limit = target * cost.total
