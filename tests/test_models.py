@@ -145,6 +145,7 @@ def test_a_body_takes_any_family(body, block):
         "densenet40",
         "alexnet",
         "repvgg_b0_residual",
+        "replknet_31b",
     ],
 )
 def test_width_multiplies_all_widths(body):
@@ -155,7 +156,7 @@ def test_width_multiplies_all_widths(body):
         whole = widths(BODIES[body](classes=7))
         half = widths(build(body, "convbn", classes=7, in_channels=3, width=0.5))
         named = widths(build(body, "convbn", classes=7, in_channels=3))
-    if body not in ("cifar_repvgg_b1", "repvgg_a1"):  # others are plain by default
+    if body not in ("cifar_repvgg_b1", "repvgg_a1", "replknet_31b"):  # others are plain by default
         assert named == whole
     assert half == [channels // 2 for channels in named]
 
@@ -163,6 +164,83 @@ def test_width_multiplies_all_widths(body):
 def test_a_fixed_width_is_said():
     with pytest.raises(ValueError, match=r"width \(=0.5\).*cifar_resnet56"):
         build("cifar_resnet56", "convbn", classes=7, in_channels=3, width=0.5)
+
+
+def with_options(body, classes=1000, **options):
+    with torch.device("meta"):
+        return build(body, "convbn", classes=classes, in_channels=3, body_options=options)
+
+
+def test_the_original_resmlp_has_as_many_parameters():
+    assert size(with_options("resmlp12", window=14, patch=16)) == 15_350_872  # timm's
+
+
+def test_convolutions_beside_dense_maps_add_what_the_paper_says():
+    """RepMLPNet, table 4: 60, 156 for ResMLP-12, whose dense maps get norms; 720, 2640."""
+    bodies = {"resmlp12": (60, 156, 192), "cifar_repmlpnet": (720, 2640, 3360)}
+    for body, added in bodies.items():
+        plain = size(with_options(body, 100, sizes=()))
+        found = [size(with_options(body, 100, sizes=s)) - plain for s in ((1,), (3,), (1, 3))]
+        assert tuple(found) == added
+    assert size(with_options("resmlp12", 100)) == size(with_options("resmlp12", 100, sizes=()))
+
+
+@pytest.mark.parametrize(
+    "sets, gated, millions",
+    [
+        ((1, 4, 16, 128), False, 37.8),
+        ((1, 4, 16, 128), True, 38.3),
+        pytest.param((2, 8, 32, 256), False, 66.7, marks=pytest.mark.slow),
+        pytest.param((2, 8, 32, 256), True, 67.2, marks=pytest.mark.slow),
+    ],
+)
+def test_sets_and_gate_of_repmlpnet_are_counted_as_in_its_table_3(sets, gated, millions):
+    model = with_options("repmlpnet_t224", sets=sets, gated=gated)
+    assert round(size(fuse(model.eval())) / 1e6, 1) == millions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "body, block, options, pixels",
+    [
+        ("cifar_repmlpnet", "convbn", {}, 32),
+        ("repmlpnet_t224", "convbn", {"window": 8, "sets": (1, 2, 8, 64), "gated": False}, 32),
+        ("resmlp12", "convbn", {"sizes": (1, 3)}, 32),
+        ("resmlp12", "convbn", {}, 32),
+        ("replknet_31b", "replk", {"sizes": (9, 7, 5, 3), "depths": (1, 1, 2, 1)}, 64),
+    ],
+    ids=str,
+)
+def test_narrow_bodies_train_and_deploy(body, block, options, pixels):
+    torch.manual_seed(0)
+    shape = {"classes": 7, "in_channels": 2, "width": 0.25}
+    model = build(body, block, body_options=options, **shape).double()
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 2, pixels, pixels, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        model.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model = scrambled(model.eval())
+    deployed, expected = fuse(model), model(x)
+    assert not any(isinstance(m, (RepMLP, *BLOCKS.values())) for m in deployed.modules())
+    assert (deployed(x) - expected).abs().max() / expected.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "body, options, said",
+    [
+        ("repmlpnet_t224", {"sets": (1, 2)}, r"sets \(=\[1, 2\]\) must be 4 numbers"),
+        ("repmlpnet_t224", {"window": 12}, r"window \(=12\) must be divisible by 8"),
+        ("repmlpnet_t224", {"groups": 2}, "no option 'groups'; its options: window, sets, sizes"),
+        ("replknet_31b", {"sizes": (31,)}, r"sizes \(=\[31\]\) must be 4 numbers"),
+        ("replknet_31b", {"sizes": (8, 7, 5, 3)}, "must be odd: 8 has no centre"),
+        ("cifar_resnet56", {"depth": 3}, "has no option 'depth'; its options: none"),
+    ],
+)
+def test_options_that_a_body_cannot_take(body, options, said):
+    with pytest.raises(ValueError, match=said):
+        with_options(body, **options)
 
 
 @pytest.mark.parametrize("side", [8, 16, 32])

@@ -91,6 +91,31 @@ BAD_SETTINGS = {
         "rows.repvgg.set={block_options: {without: [1x1]}}",
         ["block_options (=None)", "starts from", "repvgg (={'without': ['1x1']})"],
     ),
+    "an option that the body lacks": (
+        "rows.plain.set={body: cifar_repmlpnet, body_options: {foo: 1}}",
+        ["row plain", "body_options", "no option 'foo'", "sizes"],
+    ),
+    "an option of the body of another type": (
+        "rows.plain.set={body: cifar_repmlpnet, body_options: {window: wide}}",
+        ["body=cifar_repmlpnet", "body_options (={'window': 'wide'})"],
+    ),
+    "an option of the body that is a mapping": (
+        "rows.plain.set={body: cifar_repmlpnet, body_options: {sizes: {a: 1}}}",
+        ["body_options.sizes (={'a': 1})", "finite number"],
+    ),
+    "the body's options of another row's network": (
+        "rows.repvgg.set={body: cifar_repmlpnet, body_options: {window: 16}}",
+        ["must be that of the row", "starts from"],
+    ),
+    "a field of few pixels": ("cell.receptive_field=4", ["cell.receptive_field (=4)", "8"]),
+    "an unknown key of a counted network": (
+        "networks.a={label: A, body: resmlp12, image_size: 32, block_option: {}}",
+        ["networks.a.block_option", "perhaps block_options is meant"],
+    ),
+    "a counted network that cannot be": (
+        "networks.a={label: A, body: resmlp12, image_size: 32, body_options: {windows: 8}}",
+        ["networks.a", "no option 'windows'", "window"],
+    ),
     "an unknown view": ("cell.views=[mirrored]", ["cell.views.0 (='mirrored')", "rotated_90"]),
     "an accuracy above all": ("rows.plain.paper_accuracy=101", ["paper_accuracy (=101)"]),
     "a size of CIFAR": ("cell={data: cifar10, image_size: 16}", ["image_size", "or digits only"]),

@@ -5,6 +5,7 @@ import torch
 from test_blocks import close, scrambled
 
 from replib.blocks.repmlp import RepMLP
+from replib.branches import Norm
 
 torch.set_num_threads(1)
 
@@ -60,3 +61,49 @@ def test_bad_input_is_told_in_one_line():
         RepMLP(8, 3, 4, sets=3)
     with pytest.raises(ValueError, match=r"the map \(7 x 8\) must be a multiple of h x w"):
         build()(torch.zeros(1, 8, 7, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sets": 2},
+        {"sets": 2, "gated": False},
+        {"sets": 8, "bias": True, "sizes": (3,)},
+        {"sets": 1, "gated": False, "bias": True, "norm": False, "sizes": ()},
+        {"sets": 1, "gated": False, "bias": True, "norm": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_deployed_block_computes_the_same_without_norms_and_convolutions(options):
+    layer = build(**options)
+    if layer.dense.bias is not None:
+        layer.dense.bias.normal_()
+    plain, x = layer.deploy(), torch.randn(2, 8, 6, 8, dtype=torch.float64)
+    close(plain(x), layer(x))
+    assert hasattr(plain, "expand") == options.get("gated", True)
+    assert not list(plain.local) and not any(isinstance(m, Norm) for m in plain.modules())
+
+
+@torch.no_grad()
+def test_the_parts_add_up_and_a_convolution_is_local():
+    layer = build(sets=2, bias=True)
+    parts, merged = layer.parts(), layer.merged()
+    assert list(parts) == ["dense", "1x1", "3x3"]
+    close(sum(kernel.weight for kernel in parts.values()), merged.weight)
+    close(sum(kernel.bias for kernel in parts.values()), merged.bias)
+    weight = parts["3x3"].weight.view(2, 3, 4, 3, 4)  # set, output row and column, input's
+    kernel = layer.local["3"].kernel().weight
+    for row in range(3):
+        for column in range(4):
+            for i in range(3):
+                for j in range(4):
+                    near = abs(i - row) <= 1 and abs(j - column) <= 1
+                    wanted = kernel[:, 0, i - row + 1, j - column + 1] if near else torch.zeros(2)
+                    close(weight[:, row, column, i, j], wanted.double())
+
+
+@torch.no_grad()
+def test_memory_in_channels_last_changes_nothing():
+    layer, x = build(sets=2), torch.randn(2, 8, 6, 8, dtype=torch.float64)
+    close(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))

@@ -229,6 +229,33 @@ def test_deploy_writes_what_test_and_others_read(network, project, capfd):
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+@pytest.mark.parametrize(
+    "body, sizes, suffix",
+    [
+        ("resmlp12", "[3]", "safetensors"),
+        ("cifar_repmlpnet", "[1, 3]", "pt2"),
+    ],
+)
+@pytest.mark.slow
+def test_networks_of_dense_maps_go_all_the_way(body, sizes, suffix, project, in_process, capfd):
+    """Trained, tested and deployed with the convolutions in the dense maps."""
+    path = project.folder / "net.safetensors"
+    more = ["train", "--body", body, "--data", "digits", "--image-size", "16", "--out", str(path)]
+    more += ["--train-images", "60", "--held-out", "20", "--epochs", "1", "--batch-size", "20"]
+    more += ["--device", "cpu", "--set", "width=0.125"]
+    more += ["--set", f"body_options={{window: 4, sizes: {sizes}}}"]
+    assert main(more) == 0
+    capfd.readouterr()
+    out = project.folder / f"deployed.{suffix}"
+    assert deployed(path, out, "--image-size", "16") == 0
+    printed = capfd.readouterr().out
+    before, after = row(printed, "before"), row(printed, "after")
+    assert "equal: " in printed and before["top-1"] == after["top-1"]
+    assert int(after["convolutions"]) == int(before["convolutions"]) - 12 * len(eval(sizes))
+    assert main(["test", str(out), "--data", "digits", "--image-size", "16"]) == 0
+    assert row(capfd.readouterr().out, "deployed")["top-1"] == before["top-1"]
+
+
 def test_a_program_runs_without_this_library(network, project, capfd):
     """In a process that cannot import replib, on as many images as one likes."""
     out = project.folder / "deployed.pt2"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from replib import machine
+from replib.analysis import receptive_field
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import teachers
@@ -495,6 +496,8 @@ def run_cell(
     }
     if cell.dyrep is not None:
         result["adjustments"] = columns(method.log)
+    if cell.receptive_field is not None:
+        result["receptive_field"] = field_report(cell, model, data, device)
     how = {}
     if teacher is not None:
         result["teacher"] = teacher_report(planned, plan_cells, teacher, Split.test(data, device))
@@ -503,6 +506,14 @@ def run_cell(
     store.save(key, "weights", best)
     seconds = spent + time.monotonic() - started
     store.write(key, result, context(device, seconds, cell.precision, task.compile) | how)
+
+
+def field_report(cell: Cell, model: nn.Module, data: Dataset, device: str) -> dict:
+    """The effective receptive field of the deployed network, on test images of all classes."""
+    total = len(data.test_labels)
+    chosen = torch.linspace(0, total - 1, min(receptive_field.IMAGES, total)).long()
+    images = Split(data.test_images, data.test_labels, chosen, data, device).inputs()
+    return receptive_field.report(deployed_copy(model.eval()), images, cell.receptive_field)
 
 
 def teacher_report(
@@ -613,6 +624,22 @@ def training_parameters(network: tuple, classes: int, in_channels: int) -> int:
     with torch.device("meta"):
         model = built(network, classes=classes, in_channels=in_channels)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@functools.lru_cache
+def counts(network: tuple, classes: int, shape: tuple[int, int, int]) -> dict[str, int]:
+    """{"training_parameters", "parameters", "flops"} of `Cell.network`, by shapes alone; the last
+    two of the deployed form, on one image of (C, H, W), two per multiply-add."""
+    with torch.device("meta"):
+        model = built(network, classes=classes, in_channels=shape[0])
+        fused = deployed_copy(model.eval())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fused(torch.empty(1, *shape))
+    return {
+        "training_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in fused.parameters()),
+        "flops": counter.get_total_flops(),
+    }
 
 
 def columns(rows: list[dict]) -> dict[str, list]:

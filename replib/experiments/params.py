@@ -110,6 +110,9 @@ class Cell(Strict):
     held_out: Count = 0  # of these, images that select the checkpoint (clean protocol)
     protocol: Literal["clean", "paper"] = "clean"
     views: list[View] = []  # of the test images, on which the deployed network is tested too
+    # Pixels of a side to which test images are enlarged, on which the effective receptive field of
+    # the deployed network is measured (replib.analysis.receptive_field); None: it is not.
+    receptive_field: Annotated[int, Field(ge=8, le=10**4)] | None = None
     seed: Count
     body: Body
     block: Block = "repvgg"
@@ -118,6 +121,7 @@ class Cell(Strict):
         None  # of kernels: no block
     )
     width: Annotated[float, Field(gt=0, le=16)] = 1.0  # multiplies all widths of the body
+    body_options: dict[str, Any] | None = None  # of the body itself (replib.models.options_of)
     phases: Positive = 1
     epochs: Positive  # of one phase
     batch_size: Positive = 128
@@ -204,14 +208,15 @@ class Cell(Strict):
         self.optimisation_is_consistent()
         if (self.distill is None) != (self.teacher is None):
             raise ValueError("distill and teacher must be given together")
-        for name, value in (self.block_options or {}).items():
-            for one in value if isinstance(value, list) else [value]:
-                known = isinstance(one, bool | int | float | str)
-                if not known or (isinstance(one, float) and not math.isfinite(one)):
-                    raise ValueError(
-                        f"block_options.{name} (={short(value)}) must be a finite number, a text, "
-                        "true or false, or a list of these"
-                    )
+        for key in ("block_options", "body_options"):
+            for name, value in (getattr(self, key) or {}).items():
+                for one in value if isinstance(value, list) else [value]:
+                    known = isinstance(one, bool | int | float | str)
+                    if not known or (isinstance(one, float) and not math.isfinite(one)):
+                        raise ValueError(
+                            f"{key}.{name} (={short(value)}) must be a finite number, a text, "
+                            "true or false, or a list of these"
+                        )
         mean, deviation = self.teacher_mean, self.teacher_deviation
         if (mean is None) != (deviation is None) or len(mean or ()) != len(deviation or ()):
             raise ValueError(
@@ -340,20 +345,32 @@ class Cell(Strict):
 
     @property
     def network(self) -> tuple:
-        """(body, block, width, options of the block, sizes without a block), as `built` takes it;
-        hashable."""
-        options = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in (self.block_options or {}).items()
-        }
-        plain = tuple(self.plain_sizes or ())
-        return self.body, self.block, self.width, tuple(sorted(options.items())), plain
+        """(body, block, width, options of the block, sizes without a block, options of the body),
+        as `built` takes it; hashable."""
+        options = (getattr(self, name) for name in OPTIONS)
+        return network_of(self.body, self.block, self.width, *options)
 
     @property
     def in_key(self) -> dict[str, Any]:
         """The parameters that its key is made of. Keys that were added since the first evidence
         enter it only where they are set, so that the key of no older cell changes."""
         return {name: value for name, value in stated(self).items() if name != "data_dir"}
+
+
+def network_of(
+    body: str,
+    block: str,
+    width: float,
+    block_options: dict | None,
+    plain_sizes: list | None,
+    body_options: dict | None,
+) -> tuple:
+    """What `Cell.network` is made of."""
+    of_block, of_body = (
+        tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in (given or {}).items()))
+        for given in (block_options, body_options)
+    )
+    return body, block, width, of_block, tuple(plain_sizes or ()), of_body
 
 
 def stated(params: Strict, prefix: str = "") -> dict[str, Any]:
@@ -376,7 +393,7 @@ ADDED = {
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
     "initialisation", "dyrep", "search", "repopt", "scales",
-    "views",
+    "views", "body_options", "receptive_field",
 }  # fmt: skip
 
 
@@ -394,6 +411,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
     return create_model(model.__name__, __base__=Strict, **fields)
 
 
+OPTIONS = ("block_options", "plain_sizes", "body_options")  # of the network
 GIVEN = ("seed", "start", "teacher", "scales")  # of a cell: from `seeds` and the row, nowhere else
 Fragment = fragment(Cell)
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")  # of a cell, whole or as files are named
@@ -443,6 +461,27 @@ class Claim(Strict):
     confidence: Literal["read", "recalled", "unknown"]
 
 
+class Counted(Strict):
+    """A network of the paper in its full size, which is counted and not trained."""
+
+    label: str
+    body: Body
+    block: Block = "convbn"
+    block_options: dict[str, Any] | None = None
+    body_options: dict[str, Any] | None = None
+    image_size: Positive  # FLOPs are those of an image of so many pixels a side
+    classes: Positive = 1000
+    paper_training_parameters: Annotated[float, Field(gt=0)] | None = None  # in millions
+    paper_parameters: Annotated[float, Field(gt=0)] | None = None  # deployed, in millions
+    paper_flops: Annotated[float, Field(gt=0)] | None = None  # multiply-adds, in billions
+    paper_accuracy: Percent | None = None  # established ones only, as all of these
+
+    @property
+    def network(self) -> tuple:
+        """As `Cell.network`."""
+        return network_of(self.body, self.block, 1.0, self.block_options, (), self.body_options)
+
+
 class Table(Strict):
     """One table of one profile."""
 
@@ -459,6 +498,7 @@ class Table(Strict):
     cell: dict[str, Any]
     recipes: dict[str, dict[str, Any]] = {}
     rows: Annotated[dict[str, Row], Field(min_length=1)]
+    networks: dict[str, Counted] = {}  # the paper's own, counted beside the rows that are trained
 
     @model_validator(mode="after")
     def names_exist(self):
@@ -643,6 +683,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "rows": Row,
             "claims": Claim,
             "variants": Variant,
+            "networks": Counted,
             "cycle": CycleParams,
             "dyrep": DyRepParams,
             "distill": DistillParams,
@@ -742,17 +783,24 @@ def load_table(path: Path, settings: list[str] = (), networks: bool = True) -> T
         cell = check_row(table, row, where)
         if networks:
             check_network(cell, f"{where}, row {row}")
+    for name, counted in table.networks.items() if networks else ():
+        try:
+            buildable(counted.network, None, False)
+        except ValueError as error:
+            raise UserError(f"{where}: networks.{name}: {error}") from None
     return table
 
 
 def built(network: tuple, *, classes: int, in_channels: int) -> nn.Module:
     """The network that `Cell.network` says. Raises: ValueError where there is no such network."""
-    body, block, width, options, plain_sizes = network
+    body, block, width, of_block, plain_sizes, of_body = network
     shape = {"classes": classes, "in_channels": in_channels, "plain_sizes": plain_sizes}
+    options = {"block_options": dict(of_block), "body_options": dict(of_body)}
     try:
-        return build(body, block, width=width, block_options=dict(options), **shape)
-    except TypeError as error:  # an option of another type than its family takes
-        raise ValueError(f"block_options (={dict(options)}): {error}") from None
+        return build(body, block, width=width, **options, **shape)
+    except TypeError as error:  # an option of another type than its family or body takes
+        said = ", ".join(f"{name} (={given})" for name, given in options.items() if given)
+        raise ValueError(f"{said}: {error}") from None
 
 
 @lru_cache(maxsize=1024)
@@ -820,7 +868,7 @@ def check_row(table: Table, row: str, where: str) -> Cell:
         raise in_one_line(error, f"{where}, row {row}") from None
     if spec.start in table.rows:
         parent = table.cell_of(spec.start, table.seeds[0])
-        for key in ("data", "body", "block", "width", "block_options", "plain_sizes"):
+        for key in ("data", "body", "block", "width", *OPTIONS):
             if (theirs := parent.get(key, Cell.model_fields[key].default)) != getattr(cell, key):
                 raise UserError(
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "

@@ -21,7 +21,7 @@ from replib.models.known import KNOWN, from_torchvision
 from replib.models.layers import Family
 from replib.models.mobile import MOBILEONE, mobilenet_v1, mobileone
 from replib.models.replknet import REPLKNET, replknet
-from replib.models.repmlpnet import REPMLPNET, repmlpnet
+from replib.models.repmlpnet import REPMLPNET, repmlpnet, resmlp12
 from replib.models.repvgg import (
     REPOPT_VGG,
     REPVGG,
@@ -34,7 +34,7 @@ from replib.models.repvgg import (
 from replib.models.resnet import RESNETS, resnet
 from replib.models.vgg import alexnet, cifar_vgg16
 
-__all__ = ["BODIES", "BODY_VERSIONS", "build"]
+__all__ = ["BODIES", "BODY_VERSIONS", "build", "options_of"]
 
 
 def cifar_resnet(n: int, *, classes: int, in_channels: int = 3) -> nn.Module:
@@ -81,7 +81,16 @@ BODIES = {
     **{name: partial(from_torchvision, name) for name in KNOWN},
     **{f"replknet_{name}": partial(replknet, name) for name in REPLKNET},
     **{f"repmlpnet_{name}": partial(repmlpnet, name) for name in REPMLPNET},
+    "cifar_repmlpnet": partial(repmlpnet, "cifar"),
+    "resmlp12": resmlp12,
 }
+
+
+def options_of(body: str) -> list[str]:
+    """The names of what can be chosen of a body, beside its width and its blocks."""
+    given = ("classes", "in_channels", "block", "width")
+    parameters = inspect.signature(BODIES[body]).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
 
 
 # Raised by hand when the numbers of a body change; a body that is not named is at its first.
@@ -97,10 +106,12 @@ def build(
     width: float = 1.0,
     block_options: Mapping[str, object] | None = None,
     plain_sizes: Collection[int] = (),
+    body_options: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """A network by the names of its body and of its block; width multiplies all its widths.
 
     block_options: of the family, for every block of the network.
+    body_options: of the body itself, see `options_of`.
     plain_sizes: kernel sizes whose convolutions stay plain.
     Raises: ValueError for names that are not known, and for what is fixed in a body.
     """
@@ -122,6 +133,13 @@ def build(
         raise ValueError(f"width (={width}) must be 1: the widths of {body} are fixed.")
     if width != 1:
         options["width"] = width * known["width"].default
+    if unknown := sorted((body_options or {}).keys() - set(options_of(body))):
+        have = ", ".join(options_of(body)) or "none"
+        raise ValueError(
+            f"body_options (={dict(body_options)}): {body} has no option {unknown[0]!r}; its "
+            f"options: {have}."
+        )
+    options |= body_options or {}
     model = make(classes=classes, in_channels=in_channels, **options)
     plain = (module for module in model.modules() if isinstance(module, ConvBN))
     if unused := set(plain_sizes) - {max(module.geometry.kernel_size) for module in plain}:

@@ -5,6 +5,8 @@ Source: Ding et al., "Scaling Up Your Kernels to 31x31", CVPR 2022, section 4 an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from replib.models.layers import Block, Residual, layer, pooled, sequence, supported
@@ -42,31 +44,48 @@ def feed_forward(channels: int, drop: float) -> Residual:
 
 
 def replknet(
-    name: str, *, classes: int, block: Block = "replk", in_channels: int = 3, drop: float = 0.5
+    name: str,
+    *,
+    classes: int,
+    block: Block = "replk",
+    in_channels: int = 3,
+    width: float = 1.0,
+    drop: float = 0.5,
+    sizes: Sequence[int] | None = None,
+    depths: Sequence[int] = DEPTHS,
 ) -> nn.Module:
     """RepLKNet 31b, 31l, xl: (N, in_channels, H, W) -> (N, classes).
 
-    drop: the share of residuals left out in training at the last layer, growing linearly from 0
-    at the first (0.5: 31b on ImageNet-1K).
+    width multiplies all widths. drop: the share of residuals left out in training at the last
+    layer, growing linearly from 0 at the first (0.5: 31b on ImageNet-1K). sizes, depths: of the
+    large kernels and of the stages, one number per stage; by default those of the name.
+    block: the family of the large kernels, "convbn" for no small kernel beside them.
+    Raises: ValueError for another number of stages, or even kernels.
     """
-    sizes, width, widening, small = REPLKNET[name]
+    own_sizes, base, widening, small = REPLKNET[name]
+    sizes, first = own_sizes if sizes is None else sizes, int(width * base)
+    for what, given in (("sizes", sizes), ("depths", depths)):
+        if len(given) != len(DEPTHS):
+            raise ValueError(f"{what} (={list(given)}) must be {len(DEPTHS)} numbers.")
+    if even := [size for size in sizes if size % 2 == 0]:
+        raise ValueError(f"sizes (={list(sizes)}) must be odd: {even[0]} has no centre.")
 
     def down(channels: int) -> nn.Module:
         return layer("convbn", channels, channels, 3, 2, groups=channels)
 
     parts: dict[str, nn.Module] = {
         "stem": nn.Sequential(
-            layer("convbn", in_channels, width, 3, 2),
-            layer("convbn", width, width, 3, groups=width),
-            layer("convbn", width, width, 1),
-            down(width),
+            layer("convbn", in_channels, first, 3, 2),
+            layer("convbn", first, first, 3, groups=first),
+            layer("convbn", first, first, 1),
+            down(first),
         )
     }
-    done, layers = 0, sum(DEPTHS)
-    for i, (size, depth) in enumerate(zip(sizes, DEPTHS, strict=True)):
-        channels, stage = width * 2**i, nn.Sequential()
+    done, layers = 0, sum(depths)
+    for i, (size, depth) in enumerate(zip(sizes, depths, strict=True)):
+        channels, stage = first * 2**i, nn.Sequential()
         for _ in range(depth):
-            rate, wide = drop * done / (layers - 1), int(channels * widening)
+            rate, wide = drop * done / max(layers - 1, 1), int(channels * widening)
             stage.append(large_kernel_block(block, channels, wide, size, small, rate))
             stage.append(feed_forward(channels, rate))
             done += 1

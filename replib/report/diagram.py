@@ -275,14 +275,14 @@ def nested(piece: Piece, squeezed: bool) -> Drawing:
 
 
 def repmlp_drawing(block: RepMLP) -> Drawing:
-    """A RepMLP: a dense map beside convolutions, then the gate (RepMLPNet, section 3)."""
+    """A RepMLP: a dense map beside convolutions, then the gate if any (RepMLPNet, section 3)."""
     dense = ["fully connected", f"on {block.h}×{block.w} windows", f"{block.sets} sets"]
     pieces = [box(dense + ["bias"] * (block.dense.bias is not None), "#f9d9d4")]
     pieces += [drawing(block.norm)] * isinstance(block.norm, Norm)
     columns = {"dense": stacked(pieces)}
     columns |= {f"conv {size}×{size}": drawing(chain) for size, chain in block.local.items()}
-    gate = box(["× gate", "average, 1×1, ReLU,", "1×1, sigmoid"], "#fff")
-    return stacked([side_by_side(columns, "dense"), gate])
+    gate = [box(["× gate", "average, 1×1, ReLU,", "1×1, sigmoid"], "#fff")] * block.gated
+    return stacked([side_by_side(columns, "dense"), *gate])
 
 
 def deployed_lines(conv: nn.Module) -> list[str]:

@@ -19,7 +19,13 @@ from replib.analysis.statistics import Estimate
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.errors import UserError
-from replib.experiments.cells import dataset, new_model, trained_model, training_parameters
+from replib.experiments.cells import (
+    counts,
+    dataset,
+    new_model,
+    trained_model,
+    training_parameters,
+)
 from replib.experiments.params import Cell
 from replib.experiments.store import home
 from replib.report.diagram import before_after
@@ -115,6 +121,7 @@ class Page:
     def block(self) -> HTML:
         """The blocks of this table, as they are trained and as they are deployed."""
         found = [self.example(family, RepBlock | RepMLP, False) for family in self.families]
+        found.append(self.example("convbn", RepMLP, False))  # of networks that are made of these
         return HTML("".join(before_after(pair[1]) for pair in found if pair) or NO_BLOCK)
 
     def kernels(self) -> HTML:
@@ -226,6 +233,40 @@ class Page:
         shown = table_html(["", *(cell for pair in header for cell in pair)], lines, "numbers")
         return HTML(f"<h2>The same networks on other views of the test images</h2>{shown}")
 
+    def counts(self) -> HTML:
+        """The paper's networks in their full size, counted on what is built here."""
+        lines = []
+        for one in self.table.networks.values():
+            shape = (3, one.image_size, one.image_size)
+            found = counts(one.network, one.classes, shape)
+            lines.append(
+                [
+                    f"<b>{escape(one.label)}</b>",
+                    f"{one.image_size} × {one.image_size}",
+                    f"{found['training_parameters'] / 1e6:.2f}",
+                    number(one.paper_training_parameters, 1),
+                    f"{found['parameters'] / 1e6:.2f}",
+                    number(one.paper_parameters, 1),
+                    f"{found['flops'] / 2e9:.2f}",
+                    number(one.paper_flops, 2),
+                    number(one.paper_accuracy, 2),
+                ]
+            )
+        if not lines:
+            return HTML("")
+        header = ["", "image", "training parameters, 10⁶", "in the paper"]
+        header += ["deployed, 10⁶", "in the paper", "multiply-adds, 10⁹", "in the paper"]
+        header += ["accuracy in the paper, %"]
+        # A column of which no paper says anything is left out.
+        kept = [i for i in range(len(header)) if any(line[i] != NONE for line in lines)]
+        lines = [[line[i] for i in kept] for line in lines]
+        shown = table_html([header[i] for i in kept], lines, "numbers")
+        note = (
+            "<p><small>Counted on the networks as they are built here, deployed, on one image; "
+            "convolutions and matrix products.</small></p>"
+        )
+        return HTML(f"<h2>The paper's networks, counted</h2>{shown}{note}")
+
     def costs(self) -> HTML:
         """What each row costs to train, parents included, and what is deployed."""
         results = self.results
@@ -296,7 +337,8 @@ class Page:
         """The body, its width, its blocks and their options, as the parameters name them."""
         cell = self.cell(row)
         width = "" if cell.width == 1 else f", width × {cell.width:g}"
-        options = [f"{name} = {value}" for name, value in (cell.block_options or {}).items()]
+        given = (cell.block_options or {}) | (cell.body_options or {})
+        options = [f"{name} = {value}" for name, value in given.items()]
         return f"{cell.body}{width}, {cell.block}" + "".join(f", {option}" for option in options)
 
     def said(self) -> HTML:
