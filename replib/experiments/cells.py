@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib import machine
+from replib import machine, parallel
 from replib.analysis import receptive_field
 from replib.blocks import BLOCKS
 from replib.errors import UserError
@@ -33,11 +33,11 @@ from replib.experiments.params import (
 from replib.experiments.store import Store, home, sha256
 from replib.experiments.weights import file_digest, fill, located, state_of
 from replib.fusing import deployed_copy
-from replib.methods import cycle, distill, dyrep, repoptimizers
+from replib.methods import cycle, distill, dyrep, repoptimizers, resrep
 from replib.models import BODY_VERSIONS
 from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
-from replib.training.evaluation import Split, accuracy, deployed_report
+from replib.training.evaluation import REPORTED, Split, accuracy, deployed_report, relative_jump
 from replib.training.known_logits import known_logits, left_over
 from replib.training.loop import Recipe, Task, fit
 from replib.training.optimisation import parameter_groups
@@ -101,6 +101,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
         versions |= {"dyrep": dyrep.VERSION, "block:dyrep": BLOCKS["dyrep"].version}
     if cell.distill is not None:
         versions["distill"] = distill.VERSION
+    if cell.resrep is not None or cell.narrow is not None:
+        versions["resrep"] = resrep.VERSION
     if cell.repopt is not None:  # the version of a search is in its key
         versions |= {"repopt": repoptimizers.VERSION, "block:csla": BLOCKS["csla"].version}
     return versions
@@ -309,6 +311,9 @@ def with_weights(cell: Cell, weights: dict) -> nn.Module:
     """
     model = new_model(cell)
     dyrep.rebuild(model, weights.get("structure", {}))
+    if (pruning := cell.resrep or cell.narrow) is not None:
+        deployed = cell.resrep is not None
+        model = resrep.of_widths(model, weights["widths"], pruning.targets, deployed=deployed)
     model.load_state_dict(weights["model"])
     return model
 
@@ -395,6 +400,9 @@ def run_cell(
     if search is not None and cell.repopt.initialise:
         drawn = torch.Generator().manual_seed(derive(cell.seed, "branches"))
         repoptimizers.reinitialise(model, search, drawn, cell.repopt.identity)
+    widths = None
+    if cell.narrow is not None:
+        model, widths = narrowed(cell, model)
     teacher = teacher_of(planned, plan_cells, store)
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
@@ -405,7 +413,7 @@ def run_cell(
         train=splits.train,
         validation=splits.validation,
         recipe=recipe,
-        groups=lambda: parameter_groups(model, cell.weight_decay, cell.decay, cell.bias_rate),
+        groups=lambda: groups_of(cell, model, method),
         loss=loss_of(cell, teacher),
         seed=cell.seed,
         method=method,
@@ -420,7 +428,7 @@ def run_cell(
         ),
         say=say,
         optimizer=optimizer_of(cell, model, search),
-        observe=(lambda: {"scales": repoptimizers.mean_scales(model)}) if cell.search else dict,
+        observe=observed(cell, model, method, device),
     )
     resume, problem = store.load(key, "checkpoint")
     if problem:
@@ -462,11 +470,22 @@ def run_cell(
     flops, teacher_flops = loop.training_flops(task)
     per_epoch = [row.get("training_flops", flops) for row in progress.history]
     best = {"model": progress.best["weights"]}
+    if cell.resrep is not None or cell.narrow is not None:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        for row in progress.history:
+            row["training_parameters"] = size
     if cell.dyrep is None:
         model.load_state_dict(best["model"])
     else:  # it may have had another structure then
         best["structure"] = progress.best["structure"]
         model = with_weights(cell, best).to(memory_format=torch.channels_last)
+    test = Split.test(data, device)
+    if cell.resrep is not None:
+        model, pruning = pruned(method, model, test)
+        widths = {name: after for name, (_, after) in pruning["widths"].items()}
+        best["model"] = model.state_dict()
+    if widths is not None:
+        best["widths"] = widths
     seen = planned.epochs * images
     asked += planned.epochs * (left_over(images, batch, part) if task.known is not None else images)
     selected = progress.history[progress.best["index"]]
@@ -487,7 +506,7 @@ def run_cell(
             "selected_epoch": progress.best["index"],
             "selected": selected["test_accuracy"],
         },
-        "deployed": deployed_report(model, Split.test(data, device), cell.views),
+        "deployed": deployed_report(model, test, cell.views),
         "compute": {
             "epochs": planned.epochs,
             "training_flops": sum(per_epoch) * images,
@@ -496,11 +515,13 @@ def run_cell(
     }
     if cell.dyrep is not None:
         result["adjustments"] = columns(method.log)
+    if cell.resrep is not None:
+        result["pruning"] = pruning
     if cell.receptive_field is not None:
         result["receptive_field"] = field_report(cell, model, data, device)
     how = {}
     if teacher is not None:
-        result["teacher"] = teacher_report(planned, plan_cells, teacher, Split.test(data, device))
+        result["teacher"] = teacher_report(planned, plan_cells, teacher, test)
         known = "asked at every step" if task.known is None else "computed once"
         how = {"teacher": {"logits": known, "flops": teacher_flops * asked}}
     store.save(key, "weights", best)
@@ -562,8 +583,18 @@ def forward_flops(network: tuple, classes: int, shape: tuple[int, int, int]) -> 
     return counter.get_total_flops() // 2
 
 
-def method_of(cell: Cell, model: nn.Module) -> cycle.Cycle | dyrep.DyRep | None:
-    """What restructures the network of a cell, or None for plain training."""
+def method_of(cell: Cell, model: nn.Module) -> cycle.Cycle | dyrep.DyRep | resrep.ResRep | None:
+    """What restructures the network of a cell, or None for plain training.
+
+    Raises: UserError where its channels cannot be pruned so far.
+    """
+    if cell.resrep is not None:
+        options = cell.resrep.model_dump()
+        options["warmup"] *= recipe_of(cell).steps(len(split_of(cell).train))
+        try:
+            return resrep.ResRep(model, example(cell, model), **options)
+        except ValueError as error:
+            raise UserError(f"resrep: {error}") from None
     for kind, params in ((cycle.Cycle, cell.cycle), (dyrep.DyRep, cell.dyrep)):
         if params is not None:
             return kind(model, **params.model_dump(), seed=derive(cell.seed, "redraw"))
@@ -591,9 +622,73 @@ def recipe_of(cell: Cell) -> Recipe:
         **{name: getattr(cell, name) for name in names} | {"betas": tuple(cell.betas)},
         schedule=cell.rate_schedule(),
         augmentation=cell.augmentation(),
-        select="test" if cell.protocol == "paper" else "validation",
+        select=selected_by(cell),
         reseed_each_phase=cell.cycle is not None and cell.cycle.reseed,
     )
+
+
+def selected_by(cell: Cell) -> str:
+    """What selects the epoch that counts; of a network that is pruned in the end, none does."""
+    if cell.resrep is not None:
+        return "last"
+    return "test" if cell.protocol == "paper" else "validation"
+
+
+# -- pruning ---------------------------------------------------------------------------------------
+def example(cell: Cell, model: nn.Module) -> Tensor:
+    """An input of the shape of test images, (1, C, H, W), of any values but constant ones."""
+    shape = (1, *dataset(cell).test_images.shape[1:])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return images.to(next(model.parameters()))
+
+
+def narrowed(cell: Cell, model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+    """The narrower network that a cell trains, and how many channels are left where.
+
+    Raises: UserError where it cannot be as narrow as is asked.
+    """
+    try:
+        model, kept = resrep.shrunk(model, example(cell, model), **cell.narrow.model_dump())
+    except ValueError as error:
+        raise UserError(f"narrow: {error}") from None
+    return model, {name: len(channels) for name, channels in kept.items()}
+
+
+def groups_of(cell: Cell, model: nn.Module, method: object) -> list[dict]:
+    """The parameter groups of a new optimizer."""
+    rules = cell.weight_decay, cell.decay, cell.bias_rate
+    if cell.resrep is not None:
+        return method.parameter_groups(*rules)
+    return parameter_groups(model, *rules)
+
+
+def observed(cell: Cell, model: nn.Module, method: object, device: str) -> Callable[[], dict]:
+    """What the log of every epoch is given besides."""
+    if cell.search:
+        return lambda: {"scales": repoptimizers.mean_scales(model)}
+    if cell.resrep is not None:
+        test = Split.test(dataset(cell), device)
+        return lambda: method.measured(lambda network: accuracy(network, test))
+    return dict
+
+
+def pruned(method: resrep.ResRep, model: nn.Module, test: Split) -> tuple[nn.Module, dict]:
+    """The network without its compactors and what they removed, and a report of that."""
+    network, kept, x = method.pruned(), method.kept(), next(test.inputs())[:REPORTED]
+    widths = {name: len(channels) for name, channels in kept.items()}
+    with torch.no_grad():
+        jump = relative_jump(model.eval()(x), network(x))
+    return network, {
+        "accuracy_before": accuracy(deployed_copy(model), test),
+        "accuracy_after": accuracy(network, test),
+        "logits_moved": jump,
+        "flops_before": method.cost.total,
+        "flops_after": method.cost(widths),
+        "target": method.target,
+        "masked": sum(span.width for span in method.spans.values())
+        - sum(method.unmasked().values()),
+        "widths": {name: [span.width, widths[name]] for name, span in method.spans.items()},
+    }
 
 
 def loss_of(cell: Cell, teacher: nn.Module | None) -> Callable[..., Tensor]:
@@ -665,12 +760,17 @@ def context(device: str, seconds: float, precision: str, compile: str) -> dict:
         1 if sys.platform == "darwin" else 1024
     )
     on_gpu = device.startswith("cuda")
-    return machine.context(device, home(), ("torch", "torchvision", "numpy")) | {
-        "precision": precision,
-        "evaluation_precision": "float32",
-        "compile": compile,
-        "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
-        "wall_seconds": round(seconds, 2),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
-        "exit_state": "finished",
-    }
+    several = {"processes": parallel.processes()} if parallel.processes() > 1 else {}
+    return (
+        several
+        | machine.context(device, home(), ("torch", "torchvision", "numpy"))
+        | {
+            "precision": precision,
+            "evaluation_precision": "float32",
+            "compile": compile,
+            "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
+            "wall_seconds": round(seconds, 2),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+            "exit_state": "finished",
+        }
+    )

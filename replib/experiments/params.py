@@ -26,7 +26,9 @@ from replib.errors import UserError
 from replib.methods import repoptimizers
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE, Cycle
 from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
+from replib.methods.resrep import DROPS, FORMS, RULES, THRESHOLD
 from replib.models import BODIES, build
+from replib.narrowing import spans
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
 from replib.training.evaluation import VIEWS
@@ -88,6 +90,32 @@ class RepOptParams(Strict):
     multiply: bool = True  # its gradients are multiplied by what the scales make of them
     identity: Literal[tuple(repoptimizers.IDENTITY)] = "scale"  # what is on the diagonal at first
     signed: bool = False  # AdamW: by the scales themselves, as released, not by their size
+
+
+class ResRepParams(Strict):
+    """Channels that are pruned in training (replib.methods.resrep.ResRep); the last epoch counts,
+    and the deployed network is the pruned one."""
+
+    target: Annotated[float, Field(gt=0, lt=1)]  # share of the deployed network's FLOPs to be left
+    targets: Annotated[list[str], Field(min_length=1)] | None = None  # names, patterns
+    strength: Annotated[float, Field(gt=0, le=1)] = 1e-4  # of the lasso
+    warmup: Annotated[int, Field(ge=0, le=10**6)] = 5  # epochs before the first mask
+    interval: Positive = 200  # steps from one mask to the next
+    rows: Positive = 4  # how many more channels each may take
+    form: Literal[tuple(FORMS)] = "matrix"
+    reset: bool = True  # whether masked rows lose the gradient of the task
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the compactors
+    drop: Literal[tuple(DROPS)] = "zero"  # what is pruned in the end
+    threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD  # below it a row is zero
+    measure: Positive = 5  # epochs from one test of the network as it would be pruned to the next
+
+
+class NarrowParams(Strict):
+    """A network that is narrower from its first epoch on (replib.methods.resrep.shrunk)."""
+
+    target: Annotated[float, Field(gt=0, lt=1)]  # share of the deployed network's FLOPs to be left
+    rule: Literal[tuple(RULES)]
+    targets: Annotated[list[str], Field(min_length=1)] | None = None  # names, patterns
 
 
 class DistillParams(Strict):
@@ -181,6 +209,8 @@ class Cell(Strict):
     initialisation: Literal["family", "fan_out"] = "family"
     cycle: CycleParams | None = None
     dyrep: DyRepParams | None = None
+    resrep: ResRepParams | None = None
+    narrow: NarrowParams | None = None
     distill: DistillParams | None = None
     search: bool = False  # a search for RepOptimizers: the mean of every scale is logged
     repopt: RepOptParams | None = None
@@ -234,7 +264,34 @@ class Cell(Strict):
         if self.dyrep is not None:
             self.growth_is_consistent()
         self.scales_are_consistent()
+        self.pruning_is_consistent()
         return self
+
+    def pruning_is_consistent(self) -> None:
+        """Rules between resrep, narrow and the other keys. Raises: ValueError."""
+        asked = [name for name in ("resrep", "narrow") if getattr(self, name) is not None]
+        if not asked:
+            return
+        for other in ("resrep", "narrow", "cycle", "dyrep", "repopt"):
+            if other != asked[0] and getattr(self, other) is not None:
+                raise ValueError(
+                    f"{other} and {asked[0]} exclude each other: leave one of them out"
+                )
+        if self.resrep is None:
+            return
+        wrong = {
+            "phases": self.phases > 1,
+            "ema": self.ema > 0,
+            "optimizer": self.optimizer != "sgd",
+        }
+        for name in (name for name, found in wrong.items() if found):
+            default = Cell.model_fields[name].default
+            raise ValueError(f"{name} (={getattr(self, name)}) with resrep must be (={default})")
+        if self.resrep.warmup >= self.epochs:
+            raise ValueError(
+                f"resrep.warmup (={self.resrep.warmup}) must be below epochs (={self.epochs}): no "
+                "mask would ever be chosen"
+            )
 
     def scales_are_consistent(self) -> None:
         """Rules between repopt and the other keys. Raises: ValueError."""
@@ -392,7 +449,7 @@ ADDED = {
     "milestones", "milestone_factor", "warmup_epochs", "warmup_steps", "warmup_rate", "warmup_per",
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
-    "initialisation", "dyrep", "search", "repopt", "scales",
+    "initialisation", "dyrep", "resrep", "narrow", "search", "repopt", "scales",
     "views", "body_options", "receptive_field",
 }  # fmt: skip
 
@@ -403,7 +460,14 @@ def fragment(model: type[Strict]) -> type[Strict]:
     for name, info in model.model_fields.items():
         optional, kind = copy.copy(info), info.annotation
         optional.default = None
-        for nested in (CycleParams, DyRepParams, DistillParams, RepOptParams):
+        for nested in (
+            CycleParams,
+            DyRepParams,
+            ResRepParams,
+            NarrowParams,
+            DistillParams,
+            RepOptParams,
+        ):
             if kind == nested | None:
                 kind = fragment(nested) | None
         if name not in GIVEN:
@@ -686,6 +750,8 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "networks": Counted,
             "cycle": CycleParams,
             "dyrep": DyRepParams,
+            "resrep": ResRepParams,
+            "narrow": NarrowParams,
             "distill": DistillParams,
             "repopt": RepOptParams,
         }
@@ -805,10 +871,17 @@ def built(network: tuple, *, classes: int, in_channels: int) -> nn.Module:
 
 @lru_cache(maxsize=1024)
 def buildable(
-    network: tuple, blocks: tuple[str, ...] | None, grows: bool, searches: bool = False
+    network: tuple,
+    blocks: tuple[str, ...] | None,
+    grows: bool,
+    searches: bool = False,
+    pruned: tuple[str, ...] | None = None,
 ) -> None:
     """Raises: ValueError where there is no such network, or it has no such blocks, or nothing in it
-    that grows, or no scales to search for."""
+    that grows, or no scales to search for, or no channels that can be pruned.
+
+    pruned: the targets of that, () for the default; None: nothing is pruned.
+    """
     with torch.device("meta"):  # shapes only: nothing is drawn or stored
         model = built(network, classes=10, in_channels=3)
         if blocks is not None:
@@ -817,6 +890,8 @@ def buildable(
             DyRep(model, interval=1, last_epoch=1)
         if searches:
             repoptimizers.scales_of(model)
+        if pruned is not None:
+            spans(model, pruned or None)
 
 
 def searched_network(cell: Cell, parent: Cell | None) -> tuple:
@@ -851,9 +926,11 @@ def check_scales(network: tuple, imagined: tuple, search: tuple | None) -> None:
 
 def check_network(cell: Cell, where: str) -> None:
     """Build the network of a cell once, to find mistakes early."""
-    chosen = cell.cycle and cell.cycle.blocks
+    chosen, pruning = cell.cycle and cell.cycle.blocks, cell.resrep or cell.narrow
+    targets = None if pruning is None else tuple(pruning.targets or ())
     try:
-        buildable(cell.network, chosen and tuple(chosen), cell.dyrep is not None, cell.search)
+        grows = cell.dyrep is not None
+        buildable(cell.network, chosen and tuple(chosen), grows, cell.search, targets)
     except ValueError as error:
         raise UserError(f"{where}: body={cell.body}, block={cell.block}: {error}") from None
 
@@ -874,11 +951,12 @@ def check_row(table: Table, row: str, where: str) -> Cell:
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
-        if parent.get("dyrep") is not None:
-            raise UserError(
-                f"{where}, row {row}: start (={spec.start!r}) must be a row without dyrep, which "
-                "leaves a network of another structure."
-            )
+        for key in ("dyrep", "resrep", "narrow"):
+            if parent.get(key) is not None:
+                raise UserError(
+                    f"{where}, row {row}: start (={spec.start!r}) must be a row without {key}, "
+                    "which leaves a network of another structure."
+                )
     drawn = cell.train_images
     if cell.protocol == "clean" and not 0 < cell.held_out < (drawn or math.inf):
         raise UserError(

@@ -79,6 +79,8 @@ BODIES = {
     **{f"repopt_vgg_{name}": partial(repopt_vgg, name) for name in REPOPT_VGG},
     "repopt_ghostnet_050": partial(repopt_ghostnet, width=0.5),
     **{name: partial(from_torchvision, name) for name in KNOWN},
+    # Without blocks, for its own weights.
+    "torchvision_resnet50": partial(from_torchvision, "resnet50"),
     **{f"replknet_{name}": partial(replknet, name) for name in REPLKNET},
     **{f"repmlpnet_{name}": partial(repmlpnet, name) for name in REPMLPNET},
     "cifar_repmlpnet": partial(repmlpnet, "cifar"),

@@ -15,7 +15,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 from torch import nn
 
-from replib.analysis.statistics import Estimate
+from replib.analysis.statistics import Estimate, estimate
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.errors import UserError
@@ -266,6 +266,47 @@ class Page:
             "convolutions and matrix products.</small></p>"
         )
         return HTML(f"<h2>The paper's networks, counted</h2>{shown}{note}")
+
+    def pruning(self) -> HTML:
+        """Accuracy before and after pruning, and what is left, where networks lose channels."""
+        results, source, lines, widths = self.results, self.results.fallback, [], []
+        for row in results.rows:
+            cell, found = self.cell(row), results.evidence(row, source)
+            if not found or (cell.resrep or cell.narrow) is None:
+                continue
+            control = results.evidence(results.control(row), source).values()
+            whole = [e["result"]["deployed"]["flops"] for e in control]
+            left = [e["result"]["deployed"]["flops"] for e in found.values()]
+            reports = {s: e["result"]["pruning"] for s, e in found.items() if cell.resrep}
+            before = [100 * report["accuracy_before"] for report in reports.values()]
+            moved = [report["logits_moved"] for report in reports.values()]
+            share = 100 * (1 - sum(left) / len(left) / whole[0]) if whole else None
+            lines.append(
+                [
+                    f"<b>{escape(self.table.rows[row].label)}</b>",
+                    interval(estimate(before) if before else None),
+                    interval(results.accuracy(row, source)),
+                    number(100 * (1 - (cell.resrep or cell.narrow).target), 2),
+                    number(share, 2),
+                    f"{max(moved):.1g}" if moved else NONE,
+                ]
+            )
+            for seed, report in reports.items():
+                said = ", ".join(f"{n}: {b} → {a}" for n, (b, a) in report["widths"].items())
+                label = escape(self.table.rows[row].label)
+                widths.append([f"<b>{label}</b>", str(seed), f"<small>{escape(said)}</small>"])
+        if not lines:
+            return HTML("")
+        header = ["", "before pruning, %", "after, %", "FLOPs to prune, %", "pruned, %"]
+        shown = table_html([*header, "logits moved"], lines, "numbers")
+        note = (
+            "<p><small>Test accuracy; FLOPs of the deployed network, counted, over those of the "
+            "control's; mean over seeds. Logits moved by the pruning itself: max |change| / max "
+            "|logit| of test images, the largest of all seeds.</small></p>"
+        )
+        details = table_html(["", "seed", "channels of every layer, before → after"], widths)
+        details = f"<details><summary>What is left of every layer</summary>{details}</details>"
+        return HTML(f"<h2>Before and after pruning</h2>{shown}{note}{details if widths else ''}")
 
     def costs(self) -> HTML:
         """What each row costs to train, parents included, and what is deployed."""
