@@ -35,6 +35,7 @@ from replib.methods.repoptimizers import (
 from replib.methods.resrep import ResRep, shrunk
 from replib.models import build
 from replib.report.results import Results
+from replib.training import step
 from replib.training.augmentation import Augmentation
 from replib.training.loop import OutOfTime, fit
 from replib.training.optimisation import parameter_groups
@@ -119,10 +120,10 @@ def same(first, second):
         assert first == second
 
 
-def network(block="repvgg"):
+def network(block="repvgg", classes=5, in_channels=3):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build("digits", block, classes=5, in_channels=3)
+        model = build("digits", block, classes=classes, in_channels=in_channels)
     return scrambled(model.double()).train()
 
 
@@ -344,9 +345,9 @@ def test_a_network_that_was_wrapped_too_early_is_noticed(found):
 REPOPTIMIZERS = {"sgd": RepSGD, "adamw": RepAdamW}
 
 
-def searched(seed):
+def searched(seed, **shape):
     """A search network whose scales are no ones, nor those of another seed."""
-    generator, search = torch.Generator().manual_seed(seed), network("csla")
+    generator, search = torch.Generator().manual_seed(seed), network("csla", **shape)
     with torch.no_grad():
         for scale in scales_of(search).values():
             scale.mul_(1 + torch.rand(scale.shape, generator=generator, dtype=scale.dtype))
@@ -406,7 +407,14 @@ RUNS = {  # 60 images in batches of 25, 25 and 10, in parts of 13: one process i
     ),
     "dyrep slow": (dict(epochs=3), "convbn", lambda model: DyRep(model, **GROWS)),
     "orepa slow": (dict(optimizer="adamw", ema=0.9), "orepa", lambda model: None),
+    "resrep slow": (
+        {},
+        "convbn",
+        lambda model: ResRep(model, DIGITS, target=0.6, interval=2, rows=2, strength=1e-2),
+    ),
+    "repopt slow": ({}, "convbn", lambda model: None),
 }
+DIGITS = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
 
 
 def task(kind):
@@ -417,6 +425,13 @@ def task(kind):
         lambda model: method(model.double()),
         block=block,
     )
+    if kind.startswith("resrep"):
+        made.groups = lambda: made.method.parameter_groups(1e-3)
+    if kind.startswith("repopt"):
+        search, model = searched(0, in_channels=1, classes=10), made.model.double()
+        reinitialise(model, search, torch.Generator().manual_seed(0))
+        kind = functools.partial(RepSGD, model, search)
+        made.optimizer = functools.partial(step.sgd, momentum=0.9, nesterov=True, kind=kind)
     return made
 
 
@@ -559,12 +574,12 @@ LOOPS = {kind.__name__: kind for kind in (Orepa, Frozen, Scored, Pruned, Multipl
 def looped(kind, scaler=None, parts=1, steps=3, overflow=None):
     """Some steps in float32, norms as evaluated, so that a batch is the sum of its parts."""
     loop = LOOPS[kind]()
-    for step in range(steps):
+    for turn in range(steps):
         loop.optimizer.zero_grad()
         for x, y in zip(IMAGES.float().chunk(parts), LABELS.chunk(parts), strict=True):
             loss = F.cross_entropy(loop.model(x), y) / parts
             (loss if scaler is None else scaler.scale(loss)).backward()
-        if step == overflow:
+        if turn == overflow:
             next(loop.model.parameters()).grad.view(-1)[0] = float("inf")
         if scaler is None:
             loop.after_backward()
@@ -597,6 +612,38 @@ def test_a_batch_in_parts_trains_the_same_network(kind):
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5, msg=name)
     for name in said.keys() - {"synflow"}:  # which is what rounding leaves of it
         assert too[name] == pytest.approx(said[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["preserving", "matched", "calibrated"])
+def test_a_cycle_is_in_full_precision(kind):
+    """Also where autocast is on: it would measure in bfloat16, and with kernels of before."""
+    lower = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+    def restarted(**options):
+        model = network().float()
+        with lower(**options):
+            Cycle(model, warmup=2, **CYCLES[kind]).start_cycle(IMAGES.float())
+        return state(model)
+
+    same(restarted(), restarted(enabled=False))
+    model = network().float()
+    with lower():
+        model(IMAGES.float())
+        Cycle(model, warmup=2, **CYCLES[kind]).start_cycle(IMAGES.float())
+        within = model.eval()(IMAGES.float())
+    with lower():
+        assert torch.equal(within, model(IMAGES.float()))
+
+
+def test_growth_is_in_full_precision():
+    def grown(lower):
+        model = network("convbn").float()
+        method = growing(model, None, score="random")
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            method.after_epoch([IMAGES.float()])
+        return state(model)
+
+    same(grown(True), grown(False))
 
 
 # -- from the command line -------------------------------------------------------------------------

@@ -38,12 +38,21 @@ def calibrate(
         raise ValueError("batches (= none) must hold at least one batch of images.")
     for norm in chosen.values():
         norm.reset_running_stats()
-    with normalised_by_batch(model, chosen.values(), None):  # None: the cumulative average
+    # None: the cumulative average
+    with in_full_precision(model), normalised_by_batch(model, chosen.values(), None):
         for batch in (first, *batches):
             model(batch)
     measured = [norm.running_mean for norm in chosen.values()]
     parallel.average(measured + [norm.running_var for norm in chosen.values()])
     return list(chosen)
+
+
+@contextmanager
+def in_full_precision(model: nn.Module) -> Iterator[None]:
+    """Without autocast, which keeps the values that it has cast while the model's own change."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        yield
+    torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -20,7 +20,12 @@ from replib import parallel
 from replib.blocks import RepBlock
 from replib.branches import Norm
 from replib.kernels import Kernel, convolve
-from replib.methods.calibration import NORMS, calibrate, normalised_by_batch
+from replib.methods.calibration import (
+    NORMS,
+    calibrate,
+    in_full_precision,
+    normalised_by_batch,
+)
 from replib.networks import outermost_blocks
 from replib.training.optimisation import parameter_groups
 
@@ -145,27 +150,28 @@ class Cycle:
         on with the network of the first one.
         Raises: ValueError where images are needed and not given.
         """
-        self.cycle += 1
-        turn = 0 if self.reseed else self.cycle
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * turn)
-        if self.restructure == "redraw":
-            for block in self.blocks.values():
-                block.redraw(self.rule, generator)
-        elif self.restructure == "cycle":
-            measured = self.fidelity == "preserving" or self.norm == "match"
-            if measured and images is not None:
-                self.restore_in_one_pass(images, generator)
-            elif self.norm == "match":
-                raise ValueError("norm (='match') needs start_cycle(images).")
-            else:
+        with in_full_precision(self.model):
+            self.cycle += 1
+            turn = 0 if self.reseed else self.cycle
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * turn)
+            if self.restructure == "redraw":
                 for block in self.blocks.values():
-                    self.restore(block, generator)
-        self.epoch(0)
-        if self.calibrate and self.restructure != "none":
-            if images is None:
-                raise ValueError("calibrate (=True) needs start_cycle(images).")
-            calibrate(self.model, [images])
-        parallel.agree(self.model)
+                    block.redraw(self.rule, generator)
+            elif self.restructure == "cycle":
+                measured = self.fidelity == "preserving" or self.norm == "match"
+                if measured and images is not None:
+                    self.restore_in_one_pass(images, generator)
+                elif self.norm == "match":
+                    raise ValueError("norm (='match') needs start_cycle(images).")
+                else:
+                    for block in self.blocks.values():
+                        self.restore(block, generator)
+            self.epoch(0)
+            if self.calibrate and self.restructure != "none":
+                if images is None:
+                    raise ValueError("calibrate (=True) needs start_cycle(images).")
+                calibrate(self.model, [images])
+            parallel.agree(self.model)
 
     @torch.no_grad()
     def restore(

@@ -27,7 +27,7 @@ from replib.blocks.dyrep import DyRep as Block
 from replib.blocks.repmlp import RepMLP
 from replib.branches import Chain, Convolution, Norm, Piece, Sizes, Sum
 from replib.kernels import Kernel
-from replib.methods.calibration import NORMS, calibrate
+from replib.methods.calibration import NORMS, calibrate, in_full_precision
 from replib.networks import CONVOLUTIONS, computes_as_its_class, outermost, tied
 
 VERSION = 1  # raise when the numbers of a growing network change
@@ -439,7 +439,8 @@ class DyRep:
         )
         epoch, entry = self.current, None
         if self.due:
-            entry = self.adjust(epoch, batches)
+            with in_full_precision(self.model):
+                entry = self.adjust(epoch, batches)
         elif epoch < self.last_epoch and self.recalibration_batches:
             calibrate(self.model, islice(batches, self.recalibration_batches))
         self.current = epoch + 1
