@@ -44,6 +44,8 @@ def keys(table, profile, row):
         (("dbb-table2", "quick", "resnet18_base"), ("dbb-table4", "quick", "base")),
         (("dbb-table2", "quick", "resnet18_dbb"), ("dbb-table4", "quick", "whole")),
         (("repvgg-table6", "quick", "both"), ("repvgg-table7", "quick", "whole")),
+        (("repopt-table4", "quick", "repopt"), ("repopt-table5", "quick", "here_from_here")),
+        (("repopt-table4", "quick", "search"), ("repopt-fig7", "quick", "search")),
         (("acnet-cifar", "quick", "vgg16_base"), ("dbb-table2", "quick", "vgg16_base")),
     ],
     ids=str,
