@@ -83,7 +83,7 @@ class Pruning:
             factor = 100 if column == "test_accuracy" else 1
             for row, look in looks(rows).items():
                 values = factor * self.mean(row, column)
-                label = name(self.results, row)
+                label = name(self.results, row) if len(values) else None
                 axis.plot(values.index, values, color=look["color"], lw=1.5, label=label)
             axis.set_title(title, fontsize="medium", loc="left")
             axis.set_xlabel("epoch after the base network (mean of seeds)")
@@ -102,7 +102,7 @@ class Pruning:
             return None
         style()
         figure, axes = plt.subplots(
-            len(self.rows), 1, figsize=(11, 1.9 * len(self.rows) + 0.8), squeeze=False
+            len(self.rows), 1, figsize=(11, 1.5 * len(self.rows) + 2.4), squeeze=False
         )
         for axis, row in zip(axes[:, 0], self.rows, strict=True):
             seed = self.seeds(row)[0]
