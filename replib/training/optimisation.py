@@ -21,6 +21,7 @@ tree, so that it holds for any network.
     RepMLP                 optimizer="adamw", rate_per="step", warmup_epochs=10, warmup_rate=5e-7,
                            late_steps=1, decay="matrices_and_identity"
     ResRep's base          schedule="steps", milestones=[120, 180]
+    ResRep                 rate_per="step", decay="matrices", bias_rate=2; compactors apart
 """
 
 from __future__ import annotations
