@@ -219,9 +219,10 @@ def growth(rank):
             for path in method.structure:
                 slopes(model.get_submodule(path), 0.01)
         train(wrapper, optimizer, rank, method.after_backward)
-        if method.after_epoch([IMAGES[rows(rank)]]):
+        adjusted = method.after_epoch([IMAGES[rows(rank)]])
+        states.append(state(model, optimizer))  # before a wrapper makes them equal
+        if adjusted:
             wrapper = DistributedDataParallel(model)
-        states.append(state(model, optimizer))
     train(wrapper, optimizer, rank, steps=1)
     learned = {n: p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters()}
     return states, method.log, [p.detach() for p in model.parameters()], learned
