@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -62,11 +63,9 @@ class Fields:
             drawn = np.log10(np.maximum(mean / mean.max(), 10.0**DARKEST))
             image = axis.imshow(drawn, cmap="magma", vmin=DARKEST, vmax=0)
             half = self.areas(row, 0.5).mean
-            axis.set_title(
-                f"{name(self.results, row)}\n50 % within {half:.3g} % of the image",
-                fontsize="small",
-            )
-        label = "contribution over the largest, power of ten"
+            lines = [*wrap(name(self.results, row), 28), f"50 % within {half:.3g} % of it"]
+            axis.set_title("\n".join(lines), fontsize="small")
+        label = "over the largest, power of ten"
         figure.colorbar(image, ax=axes, label=label, shrink=0.8)
         plt.close(figure)
         return figure
