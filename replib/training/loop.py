@@ -111,9 +111,6 @@ class Task:
     # Makes the optimizer of the groups, its state allocated; None: the one that the recipe says.
     optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None
     observe: Callable[[], dict] = dict  # what the log of every epoch is given besides
-    # Makes the optimizer of the groups, its state allocated; None: the one that the recipe says.
-    optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None
-    observe: Callable[[], dict] = dict  # what the log of every epoch is given besides
 
 
 @dataclass
