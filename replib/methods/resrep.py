@@ -75,8 +75,8 @@ class ResRep:
     target: the share of the FLOPs that is to be left, counted on deployed networks.
     targets: see `replib.narrowing.spans`; by default every convolution whose channels a single
     layer takes in, such as the inner ones of residuals.
-    strength: of the lasso. warmup, interval: the mask is chosen every `interval` steps after so many
-    steps; rows: how many more channels it may take each time.
+    strength: of the lasso. warmup, interval: the mask is chosen every `interval` steps after so
+    many steps; rows: how many more channels it may take each time.
     form: of `FORMS`. reset: whether masked rows lose the gradient of the task; without, there is no
     mask, and the lasso alone pulls. momentum: of the compactors in the optimizer.
     drop: of `DROPS`, what is pruned in the end; "target" for what never gets to zero.
