@@ -237,7 +237,9 @@ def test_adamw_on_the_kernel_is_adamw_on_the_branches():
     scales it is another network."""
     assert last_apart("adamw", **ADAMW, eps=1e-16) < 1e-10
     assert last_apart("adamw", **ADAMW) < 1e-6
-    assert last_apart("adamw", **ADAMW, signed=True) > 0.01
+    fast = ADAMW | {"lr": 5e-2}  # little is left of where the kernels began
+    assert last_apart("adamw", **fast, eps=1e-16) < 1e-10
+    assert last_apart("adamw", **fast, signed=True) > 0.5
 
 
 def test_without_decay_a_constant_identity_is_followed_too():

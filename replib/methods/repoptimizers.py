@@ -326,7 +326,10 @@ def save_scales(search: nn.Module, path: str | Path) -> None:
     """Write the scales of a search network, and nothing else of it: a flat dictionary of tensors,
     for RepOpt-VGG in the names of the released files."""
     scales = {file_name(name): scale.detach().cpu() for name, scale in scales_of(search).items()}
-    torch.save(scales, path)
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.part")  # a file that exists is whole at any moment
+    torch.save(scales, beside)
+    beside.replace(path)
 
 
 @torch.no_grad()
