@@ -15,7 +15,15 @@ from replib.experiments.cells import (
     trained_model,
     versions_of,
 )
-from replib.experiments.params import ADDED, Cell, DyRepParams, Table
+from replib.experiments.params import (
+    ADDED,
+    Cell,
+    DyRepParams,
+    NarrowParams,
+    RepOptParams,
+    ResRepParams,
+    Table,
+)
 from replib.experiments.store import Store, sha256
 from replib.methods import cycle, distill
 from replib.methods.distill import distillation_loss
@@ -173,7 +181,10 @@ def test_a_new_key_at_its_default_changes_no_key():
                    carry_momentum=True, bias_rate=2.0, teacher_mean=[0.5],
                    teacher_deviation=[0.5], initialisation="fan_out",
                    dyrep=DyRepParams(interval=1, last_epoch=1), views=["rotated_90"],
-                   block_options={"identity": False}, plain_sizes=[1])  # fmt: skip
+                   block_options={"identity": False}, plain_sizes=[1],
+                   resrep=ResRepParams(target=0.5), narrow=NarrowParams(target=0.5, rule="uniform"),
+                   search=True, repopt=RepOptParams(), scales="a" * 64,
+                   body_options={"depths": [1]}, receptive_field=32)  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

@@ -30,9 +30,11 @@ class DenseMaps(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.weight.shape[1]
         weight = self.weight.view(self.groups, pixels, pixels).transpose(1, 2)
-        out = x.reshape(-1, self.groups, pixels).transpose(0, 1) @ weight
-        if self.bias is not None:
-            out = out + self.bias.view(self.groups, 1, pixels)
+        out = x.reshape(-1, self.groups, pixels).transpose(0, 1)
+        if self.bias is None:
+            out = out @ weight
+        else:  # in one call, which autocast knows: a sum would be as wide as the bias
+            out = torch.baddbmm(self.bias.view(self.groups, 1, pixels), out, weight)
         return out.transpose(0, 1).reshape(x.shape)
 
 

@@ -27,7 +27,9 @@ REPMLPNET = {  # width, depths, window of the first stage, sets of channels per 
 CIFAR = (128, (6, 6), 8, (8, 32))
 
 
-def unit(channels: int, window: int, sets: int, sizes: Sequence[int], gated: bool) -> nn.Module:
+def unit(
+    channels: int, window: int, sets: int, sizes: Sequence[int] = (1, 3), gated: bool = True
+) -> nn.Module:
     """A dense map and a feed-forward layer, each beside its input: (N, C, H, W) -> the same."""
     shape, options = (channels, window, window, sets), {"gated": gated}
     dense = sequence(norm=nn.BatchNorm2d(channels), repmlp=RepMLP(*shape, tuple(sizes), **options))
