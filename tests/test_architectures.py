@@ -99,6 +99,7 @@ def by_size():
 
 @pytest.mark.skipif(not KNOWN, reason=f"no digests at {DIGESTS}")
 @pytest.mark.parametrize("name", list(by_size()))
+@pytest.mark.slow
 def test_an_export_has_the_official_names_and_shapes(name):
     arch = architecture_of(name)
     with torch.device("meta"):
@@ -185,6 +186,7 @@ FAST = (  # one of every kind
     [pytest.param(a, marks=[] if a in FAST else [pytest.mark.slow]) for a in ROUND_TRIPS],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_goes_out_comes_in_again(arch, tiny, tmp_path):
     """Whole and deployed, through a file, to the bit."""
     model = tiny(arch, **ROUND_TRIPS[arch])

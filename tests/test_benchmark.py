@@ -158,6 +158,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.slow
 def test_a_ratio_of_unequal_things_is_refused(monkeypatch, fault):
     monkeypatch.setitem(FORMS, "shared", fault)
     ways = [Way("net", BRANCHES), Way("net"), Way("net", BRANCHES, "contiguous")]
@@ -222,6 +223,7 @@ def test_the_two_loops_train_alike(monkeypatch):
 
 # -- cases ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["a1/dbb", "deployed/a1", "cycle", "machine"])
+@pytest.mark.slow
 def test_a_case_runs(name):
     entry = running.entry_of(CASES[name], QUICK)
     assert entry["status"] == "done", entry["reason"]

@@ -80,6 +80,7 @@ def test_every_family_comes_back(block, tmp_path):
         ("mobilenet_v1", "dbb"),
     ],
 )
+@pytest.mark.slow
 def test_every_kind_of_body_comes_back(body, block, tmp_path):
     if body == "repopt_vgg_b1":
         model = BODIES["cifar_repvgg_a0"](classes=5, in_channels=2, block=block)

@@ -32,6 +32,7 @@ def test_the_function_is_preserved_and_fusing_is_proved(block):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "shufflenet_v2_x0_5"])
+@pytest.mark.slow
 def test_torchvision_networks(name):
     torch.manual_seed(0)
     model = scrambled(getattr(vision, name)())

@@ -140,6 +140,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("block", [2, 6])
+@pytest.mark.slow
 def test_stopped_between_merge_and_restore(project, in_process, undisturbed, monkeypatch, block):
     """A block has been merged and redrawn, and does not get its kernel back."""
     add_table(project)

@@ -79,7 +79,14 @@ def trace(block: str, method: str) -> tuple[list[float], dict]:
     return [float(f"{value:.6g}") for value in losses[:20]], versions_of(cell)
 
 
-@pytest.mark.parametrize("block, method", CASES, ids=lambda value: value)
+IN_THE_FAST_TIER = ("repvgg", "dbb", "orepa")
+MARKED = [
+    pytest.param(*case, marks=[] if case[0] in IN_THE_FAST_TIER else [pytest.mark.slow])
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("block, method", MARKED, ids=lambda value: value)
 def test_trace(block, method):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -86,6 +86,7 @@ def offline(path: Path) -> Reader:
     return reader
 
 
+@pytest.mark.slow
 def test_pages_request_nothing(page):
     offline(page)
     offline(page.with_name("index.html"))
