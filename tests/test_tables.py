@@ -1,8 +1,11 @@
 """Tables as their user runs them: the notebook of the smoke profile, and the folder profiles."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import ROOT
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from replib.__main__ import main
@@ -17,8 +20,19 @@ OTHERS = sorted(
 )
 
 
+THROUGH_PAPERMILL = "acnet-cifar"  # of those that share a notebook; the others run its cells here
+
+
+def whole(page, table):
+    """Whether a page shows every row of a table's smoke profile, trained."""
+    results = Results(table, "smoke", ["seeds=[0]"])
+    for row in results.rows:
+        assert results.table.rows[row].label.split(": ")[-1] in page
+        assert results.accuracy(row) is not None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, *OTHERS])
+@pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, THROUGH_PAPERMILL])
 def test_the_smoke_profile_makes_a_page(project, table):
     assert (notebook_of(table) == GENERIC) == (table in OTHERS)
     status, _, error = project.run(
@@ -26,11 +40,24 @@ def test_the_smoke_profile_makes_a_page(project, table):
     )
     assert status == 0, error
     page = (project.folder / "reports" / f"{table}-smoke.html").read_text(encoding="utf-8")
-    results = Results(table, "smoke", ["seeds=[0]"])
-    for row in results.rows:
-        assert results.table.rows[row].label.split(": ")[-1] in page
-        assert results.accuracy(row) is not None
+    whole(page, table)
     assert "Traceback" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", [name for name in OTHERS if name != THROUGH_PAPERMILL])
+def test_the_shared_notebook_serves_the_table(project, in_process, table, capsys):
+    """The cells of the smoke profile, run in this process, which is quicker than a kernel."""
+    notebook = json.loads((ROOT / "notebooks" / f"{GENERIC}.ipynb").read_text(encoding="utf-8"))
+    _, *cells = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    shell = InteractiveShell()
+    shell.push({"table": table, "profile": "smoke", "settings": ["seeds=[0]"]})
+    made = []
+    for cell in cells:
+        done = shell.run_cell(cell)
+        done.raise_error()
+        made.append(getattr(done.result, "data", None) or "")
+    whole("".join(made), table)
 
 
 def keys(table, profile, row):
