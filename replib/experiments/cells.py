@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib import machine, parallel
+from replib import machine
 from replib.analysis import receptive_field
 from replib.blocks import BLOCKS
 from replib.errors import UserError
@@ -731,7 +731,7 @@ def counts(network: tuple, classes: int, shape: tuple[int, int, int]) -> dict[st
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             fused(torch.empty(1, *shape))
     return {
-        "training_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "training_parameters": training_parameters(network, classes, shape[0]),
         "parameters": sum(p.numel() for p in fused.parameters()),
         "flops": counter.get_total_flops(),
     }
@@ -760,17 +760,12 @@ def context(device: str, seconds: float, precision: str, compile: str) -> dict:
         1 if sys.platform == "darwin" else 1024
     )
     on_gpu = device.startswith("cuda")
-    several = {"processes": parallel.processes()} if parallel.processes() > 1 else {}
-    return (
-        several
-        | machine.context(device, home(), ("torch", "torchvision", "numpy"))
-        | {
-            "precision": precision,
-            "evaluation_precision": "float32",
-            "compile": compile,
-            "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
-            "wall_seconds": round(seconds, 2),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
-            "exit_state": "finished",
-        }
-    )
+    return machine.context(device, home(), ("torch", "torchvision", "numpy")) | {
+        "precision": precision,
+        "evaluation_precision": "float32",
+        "compile": compile,
+        "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
+        "wall_seconds": round(seconds, 2),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+        "exit_state": "finished",
+    }

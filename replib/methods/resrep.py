@@ -214,9 +214,7 @@ class ResRep:
 
     def ranked(self) -> list[tuple[str, int]]:
         """(span, channel), by the norms of their rows, the smallest first."""
-        norms = self.norms()
-        places = [(name, i) for name, values in norms.items() for i in range(len(values))]
-        return [places[i] for i in torch.cat([*norms.values()]).argsort(stable=True)]
+        return ascending(self.norms())
 
     def epoch(self, epoch: int) -> None:
         """Say that epoch `epoch` (from 0) begins; only `measured` asks for it."""
@@ -227,11 +225,7 @@ class ResRep:
         """The channels that would be left now; drop: of `DROPS`. Every span keeps one."""
         if (drop or self.drop) == "target":
             limit = self.target * self.cost.total
-            gone = smallest(self.ranked(), self.cost, limit)
-            return {
-                name: torch.tensor([i for i in range(span.width) if i not in set(gone[name])])
-                for name, span in self.spans.items()
-            }
+            return others(self.spans, smallest(self.ranked(), self.cost, limit))
         found = {}
         for name, norms in self.norms().items():
             stays = norms >= self.threshold
@@ -276,6 +270,22 @@ class ResRep:
         self.steps = state["steps"]
         for name, mask in zip(self.masks, self.tensors, strict=True):
             mask.copy_(state["masks"][name])
+
+
+def ascending(norms: dict[str, Tensor]) -> list[tuple[str, int]]:
+    """(span, channel) of all spans together, that of the smallest norm first."""
+    places = [(name, i) for name, values in norms.items() for i in range(len(values))]
+    return [places[i] for i in torch.cat([*norms.values()]).argsort(stable=True)]
+
+
+def others(chosen: dict[str, Span], gone: dict[str, list[int]]) -> Kept:
+    """The channels of every span that are not gone."""
+    found = {}
+    for name, span in chosen.items():
+        stays = torch.ones(span.width, dtype=torch.bool)
+        stays[gone[name]] = False
+        found[name] = stays.nonzero().flatten()
+    return found
 
 
 def appended(model: nn.Module, chosen: dict[str, Span], form: str) -> dict[str, Compacted]:
@@ -359,13 +369,7 @@ def shrunk(
         for name in chosen:
             norms = net.get_submodule(name).weight.detach().double().flatten(1).norm(dim=1).cpu()
             sizes[name] = norms / norms.square().mean().sqrt()
-        places = [(name, i) for name, values in sizes.items() for i in range(len(values))]
-        order = torch.cat([*sizes.values()]).argsort(stable=True)
-        gone = smallest([places[i] for i in order], cost, limit)
-        kept = {
-            name: torch.tensor([i for i in range(span.width) if i not in set(gone[name])])
-            for name, span in chosen.items()
-        }
+        kept = others(chosen, smallest(ascending(sizes), cost, limit))
     return narrowed(model, chosen, kept), kept
 
 
