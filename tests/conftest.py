@@ -1,11 +1,13 @@
 """What several files of tests use: a project folder of their own, a small training run."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from replib.experiments import executor
 from replib.models import build
 from replib.report.results import Results
 from replib.training.data import load, split
-from replib.training.loop import Recipe, Task
+from replib.training.loop import Progress, Recipe, Task, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (ROOT / "tests" / "tiny.yaml").read_text(encoding="utf-8")  # every kind of cell, in seconds
@@ -97,15 +99,23 @@ def in_process(monkeypatch) -> None:
     monkeypatch.setattr(executor, "ProcessPoolExecutor", Inline)
 
 
-@pytest.fixture(scope="session")
-def shared_project(tmp_path_factory) -> Project:
-    """One project for a whole session, in which the table `tiny9` has been run."""
-    made = Project(tmp_path_factory.mktemp("project"))
-    made.table("tiny9", TINY)
+@contextmanager
+def at_home(folder: Path, tables: Mapping[str, str]) -> Iterator[Project]:
+    """A project with these tables that is this process's own, and trains in it by one thread."""
+    made = Project(folder)
+    for name, text in tables.items():
+        made.table(name, text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPLIB_HOME", str(made.folder))
         patch.setattr(executor, "ProcessPoolExecutor", Inline)
         torch.set_num_threads(1)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def shared_project(tmp_path_factory) -> Project:
+    """One project for a whole session, in which the table `tiny9` has been run."""
+    with at_home(tmp_path_factory.mktemp("project"), {"tiny9": TINY}) as made:
         assert Results("tiny9", "tiny").train(device="cpu").trained == 6
     return made
 
@@ -117,6 +127,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def with_checkpoints(task: Task) -> tuple[Progress, list[dict]]:
+    """Train; what the run says, and the checkpoint of every step, as it is read from a file."""
+    kept = []
+
+    def keep(state: dict) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        kept.append(buffer.getvalue())
+
+    whole = fit(task, checkpoint=keep, checkpoint_seconds=-1)
+    return whole, [torch.load(io.BytesIO(state), weights_only=True) for state in kept]
 
 
 def small_task(

@@ -9,7 +9,7 @@ import pytest
 import test_vectors
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, small_task
+from conftest import ROOT, small_task, with_checkpoints
 from torch import nn
 from whole import RANGES, scrambled
 
@@ -533,15 +533,8 @@ def task(fidelity="exact", **recipe):
 
 def test_a_run_goes_on_to_the_bit(one_thread):
     """From inside an epoch, and between a growth and the evaluation that follows it."""
-    undisturbed, kept = task(), []
-
-    def keep(state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        kept.append(buffer.getvalue())
-
-    whole = fit(undisturbed, checkpoint=keep, checkpoint_seconds=-1)
-    states = [torch.load(io.BytesIO(state), weights_only=True) for state in kept]
+    undisturbed = task()
+    whole, states = with_checkpoints(undisturbed)
     places = {}
     for state in states:
         progress, structure = state["progress"], state["method"]["structure"]

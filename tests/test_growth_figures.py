@@ -3,10 +3,8 @@
 import re
 
 import pytest
-import torch
-from conftest import Inline, Project
+from conftest import at_home
 
-from replib.experiments import executor
 from replib.report.growth_figures import MISSING, Growth, layer, live, place, positions
 from replib.report.results import Results
 
@@ -29,14 +27,8 @@ rows:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A project in which a small table that grows has been run."""
-    project = Project(tmp_path_factory.mktemp("project"))
-    project.table("growing", TABLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPLIB_HOME", str(project.folder))
-        patch.setattr(executor, "ProcessPoolExecutor", Inline)
-        torch.set_num_threads(1)
-        results = Results("growing", "tiny")
-        yield results, patch
+    with at_home(tmp_path_factory.mktemp("project"), {"growing": TABLE}):
+        yield Results("growing", "tiny")
 
 
 def text(html):
@@ -44,7 +36,7 @@ def text(html):
 
 
 def test_a_page_without_evidence_says_so(made):
-    growth = Growth(made[0])
+    growth = Growth(made)
     assert growth.structure() is growth.costs() is growth.scores() is None
     for part in (growth.averages(), growth.events(), growth.agreement()):
         assert part.data == MISSING
@@ -53,7 +45,7 @@ def test_a_page_without_evidence_says_so(made):
 
 @pytest.mark.slow
 def test_a_page_says_what_the_evidence_says(made):
-    results, _ = made
+    results = made
     assert results.train(device="cpu").trained == 6
     growth = Growth(results)
     assert growth.rows == ["default", "snip"] and growth.seeds("snip") == [0, 1]

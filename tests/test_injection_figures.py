@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import Project
+from conftest import at_home
 from test_repmlp import build
 
 from replib.experiments.cells import counts, new_model
@@ -65,10 +65,7 @@ def test_counts_are_those_of_the_deployed_network():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    project = Project(tmp_path_factory.mktemp("project"))
-    project.table("local", TABLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPLIB_HOME", str(project.folder))
+    with at_home(tmp_path_factory.mktemp("project"), {"local": TABLE}):
         yield Page("local", "tiny")
 
 

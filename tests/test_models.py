@@ -196,7 +196,8 @@ def test_convolutions_beside_dense_maps_add_what_the_paper_says():
 )
 def test_sets_and_gate_of_repmlpnet_are_counted_as_in_its_table_3(sets, gated, millions):
     model = with_options("repmlpnet_t224", sets=sets, gated=gated)
-    assert round(size(fuse(model.eval())) / 1e6, 1) == millions
+    # The paper cuts at the first decimal: these are 37.83, 38.32, 66.77 and 67.25 million.
+    assert size(fuse(model.eval())) // 100_000 / 10 == millions
 
 
 @torch.no_grad()

@@ -3,10 +3,8 @@
 import re
 
 import pytest
-import torch
-from conftest import Inline, Project
+from conftest import at_home
 
-from replib.experiments import executor
 from replib.report.page import Page
 from replib.report.pruning_figures import Pruning
 from replib.report.results import Results
@@ -31,12 +29,7 @@ rows:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A project with a small table that prunes, not yet run."""
-    project = Project(tmp_path_factory.mktemp("project"))
-    project.table("pruning", TABLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPLIB_HOME", str(project.folder))
-        patch.setattr(executor, "ProcessPoolExecutor", Inline)
-        torch.set_num_threads(1)
+    with at_home(tmp_path_factory.mktemp("project"), {"pruning": TABLE}):
         yield Page("pruning", "tiny")
 
 

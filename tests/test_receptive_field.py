@@ -5,12 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import Inline, Project
+from conftest import at_home
 from torch import nn
 
 from replib.analysis.receptive_field import area, receptive_field, report, shares
 from replib.blocks.repmlp import RepMLP
-from replib.experiments import executor
 from replib.report.receptive_figures import MISSING, Fields
 from replib.report.results import Results
 
@@ -139,11 +138,7 @@ rows:
 
 
 def test_a_cell_measures_it_and_a_page_says_what_the_evidence_says(tmp_path):
-    project = Project(tmp_path)
-    project.table("seeing", TABLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPLIB_HOME", str(project.folder))
-        patch.setattr(executor, "ProcessPoolExecutor", Inline)
+    with at_home(tmp_path, {"seeing": TABLE}):
         results = Results("seeing", "tiny")
         fields = Fields(results)
         assert fields.maps() is fields.curves() is None and fields.table().data == MISSING

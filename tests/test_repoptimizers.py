@@ -7,7 +7,7 @@ import pytest
 import test_vectors
 import torch
 import torch.nn.functional as F
-from conftest import small_task
+from conftest import small_task, with_checkpoints
 from test_dyrep import RECIPE
 from torch import nn
 
@@ -510,20 +510,12 @@ def task(kind):
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_run_goes_on_to_the_bit(kind, one_thread):
-    kept = []
-
-    def keep(state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        kept.append(buffer.getvalue())
-
     undisturbed = task(kind)
-    whole = fit(undisturbed, checkpoint=keep, checkpoint_seconds=-1)
+    whole, states = with_checkpoints(undisturbed)
     assert (
         whole.history[0]["scales"].keys()
         == scales_of(build("digits", "csla", classes=10, in_channels=1)).keys()
     )
-    states = [torch.load(io.BytesIO(state), weights_only=True) for state in kept]
     middle = next(s for s in states if s["progress"]["epoch"] == 1 and s["progress"]["batch"] == 1)
     again = task(kind)
     assert fit(again, resume=middle).history == whole.history

@@ -1,13 +1,12 @@
 """Pruning by ResRep: the function, FLOPs, gradients, the mask, what is left, and resuming."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_task
+from conftest import small_task, with_checkpoints
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
@@ -436,16 +435,9 @@ def task():
 
 def test_a_run_goes_on_to_the_bit(one_thread):
     """Before the first mask, after one, and after one that has changed it."""
-    undisturbed, kept = task(), []
-
-    def keep(state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        kept.append(buffer.getvalue())
-
-    whole = fit(undisturbed, checkpoint=keep, checkpoint_seconds=-1)
+    undisturbed = task()
+    whole, states = with_checkpoints(undisturbed)
     assert whole.best["index"] == 3  # the last one counts
-    states = [torch.load(io.BytesIO(state), weights_only=True) for state in kept]
     masked = []
     for state in states:
         masks = state["method"]["masks"].values()

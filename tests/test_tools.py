@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Inline, Project
+from conftest import at_home
 from safetensors.torch import load_file, save_file
 from test_blocks import scrambled
 from test_cli import refused, spoil, tree
@@ -38,10 +38,7 @@ def trained_to(path: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
     """A network that `train` wrote, in a project of its own."""
-    home = Project(tmp_path_factory.mktemp("train"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPLIB_HOME", str(home.folder))
-        patch.setattr(executor, "ProcessPoolExecutor", Inline)
+    with at_home(tmp_path_factory.mktemp("train"), {}) as home:
         assert main(trained_to(home.folder / "net.safetensors")) == 0
     return home.folder / "net.safetensors"
 

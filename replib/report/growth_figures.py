@@ -66,14 +66,14 @@ class Growth:
     @cached_property
     def adjustments(self) -> dict[tuple[str, int], list[dict]]:
         """(row, seed) -> its adjustments, as `replib.methods.dyrep.DyRep.adjust` describes them."""
-        found = {}
-        for row in self.results.rows:
-            for seed, evidence in self.results.evidence(row, self.results.fallback).items():
-                columns = evidence["result"].get("adjustments")
-                if columns:
-                    lines = zip(*columns.values(), strict=True)
-                    found[row, seed] = [dict(zip(columns, line, strict=True)) for line in lines]
-        return found
+        return {
+            at: [
+                dict(zip(columns, line, strict=True))
+                for line in zip(*columns.values(), strict=True)
+            ]
+            for at, columns in self.results.reported("adjustments").items()
+            if columns
+        }
 
     @property
     def rows(self) -> list[str]:

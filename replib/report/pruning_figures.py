@@ -23,12 +23,7 @@ class Pruning:
     @cached_property
     def reports(self) -> dict[tuple[str, int], dict]:
         """(row, seed) -> what `replib.experiments.cells.pruned` reports of it."""
-        found = {}
-        for row in self.results.rows:
-            for seed, evidence in self.results.evidence(row, self.results.fallback).items():
-                if "pruning" in evidence["result"]:
-                    found[row, seed] = evidence["result"]["pruning"]
-        return found
+        return self.results.reported("pruning")
 
     @property
     def rows(self) -> list[str]:

@@ -32,12 +32,9 @@ class Fields:
     @cached_property
     def measured(self) -> dict[str, dict[int, dict]]:
         """row -> seed -> what `replib.analysis.receptive_field.report` found."""
-        found = {}
-        for row in self.results.rows:
-            evidence = self.results.evidence(row, self.results.fallback)
-            fields = {seed: e["result"].get("receptive_field") for seed, e in evidence.items()}
-            if fields := {seed: field for seed, field in fields.items() if field is not None}:
-                found[row] = fields
+        found: dict[str, dict[int, dict]] = {}
+        for (row, seed), field in self.results.reported("receptive_field").items():
+            found.setdefault(row, {})[seed] = field
         return found
 
     def areas(self, row: str, threshold: float) -> Estimate:

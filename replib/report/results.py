@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
@@ -124,6 +125,16 @@ class Results:
         source = self.published if published else self.own
         keys = {seed: self.plan.by_row[row, seed] for seed in self.table.seeds}
         return {seed: source[key] for seed, key in keys.items() if key in source}
+
+    def reported(self, name: str) -> dict[tuple[str, int], Any]:
+        """(row, seed) -> what the evidence that a page shows has under a name, where it has it; in
+        the table's order."""
+        return {
+            (row, seed): evidence["result"][name]
+            for row in self.rows
+            for seed, evidence in self.evidence(row, self.fallback).items()
+            if evidence["result"].get(name) is not None
+        }
 
     def accuracies(self, row: str, published: bool = False) -> dict[int, float]:
         """seed -> test accuracy in percent of the deployed network."""
