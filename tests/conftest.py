@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from replib.__main__ import main
 from replib.experiments import executor
 from replib.models import build
 from replib.report.results import Results
@@ -62,6 +63,15 @@ class Project:
         process = self.start(*arguments)
         out, error = process.communicate()
         return process.returncode, out, error
+
+    def run_here(self, *arguments: str) -> None:
+        """`python -m replib ARGUMENTS` in this process, which has imported everything already."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)  # of the kernels that it starts
+            patch.setattr(executor, "ProcessPoolExecutor", Inline)
+            torch.set_num_threads(1)
+            assert main(list(arguments)) == 0
 
 
 @pytest.fixture

@@ -233,13 +233,12 @@ def test_the_long_cosine_is_as_long_as_the_cycles(profile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", ["repan-cycles", "repan-layers"])
-def test_the_notebook_runs_from_the_command_line(table, project):
+def test_the_notebook_runs_from_the_command_line(table, project, capfd):
     from test_report import offline
 
-    status, out, error = project.run("reproduce", table, "--profile", "smoke")
-    assert status == 0, error
+    project.run_here("reproduce", table, "--profile", "smoke")
     page = project.folder / "reports" / f"{table}-smoke.html"
-    assert out.rstrip().endswith(f"The report: {page}")
+    assert capfd.readouterr().out.rstrip().endswith(f"The report: {page}")
     reader = offline(page)
     words = " ".join(reader.text)
     assert len([s for s in reader.all("src") if s.startswith("data:image/png;base64,")]) >= 1

@@ -183,14 +183,16 @@ def same(ours, theirs, bound=None):
 
 
 def same_state_nearly(a, b):
-    for name, value in b.state_dict().items():
-        close(a.state_dict()[name], value, CLOSE, name)
+    one, other = a.state_dict(), b.state_dict()  # once: it walks the whole network
+    for name, value in other.items():
+        close(one[name], value, CLOSE, name)
 
 
 def same_state(a, b):
-    assert list(a.state_dict()) == list(b.state_dict())
-    for name, value in a.state_dict().items():
-        assert torch.equal(value, b.state_dict()[name]), name
+    one, other = a.state_dict(), b.state_dict()
+    assert list(one) == list(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 def kernels_of(module):
@@ -262,7 +264,7 @@ def test_a_state_dict_goes_into_another_module_of_the_form(form):
 
 # -- compilation ----------------------------------------------------------------------------------
 QUICK_TO_COMPILE = ("orepa_1x1", "deployed dbb")
-SLOW_TO_COMPILE = [name for name in BLOCK_FORMS if "cycle" not in name]  # it changes values only
+SLOW_TO_COMPILE = [name for name in BLOCK_FORMS if name in BLOCKS or name == "shifting"]
 SLOW_TO_COMPILE += ["dbb in a cycle", "deployed repmlp", "digits net"]
 SLOW_TO_COMPILE += ["fused digits net", "fused converted mobilenet"]
 
@@ -331,7 +333,7 @@ def test_a_network_is_captured_as_one_graph(form):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @over(
     "form, training",
-    [("dbb", True), ("orepa_1x1", True), ("digits net", False), ("fused digits net", False)],
+    [("orepa_1x1", True), ("digits net", False)],
 )
 def test_the_default_compiler_computes_the_same(form, training, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

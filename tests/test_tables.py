@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, at_home
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
@@ -35,18 +35,22 @@ def whole(page, table):
 @pytest.mark.parametrize("table", [*WITH_NOTEBOOKS, THROUGH_PAPERMILL])
 def test_the_smoke_profile_makes_a_page(project, table):
     assert (notebook_of(table) == GENERIC) == (table in OTHERS)
-    status, _, error = project.run(
-        "reproduce", table, "--profile", "smoke", "--set", "seeds=[0]", "--workers", "1"
-    )
-    assert status == 0, error
+    project.run_here("reproduce", table, "--profile", "smoke", "--set", "seeds=[0]")
     page = (project.folder / "reports" / f"{table}-smoke.html").read_text(encoding="utf-8")
     whole(page, table)
     assert "Traceback" not in page
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One project for all of them: a cell that two tables share is trained once."""
+    with at_home(tmp_path_factory.mktemp("tables"), {}) as made:
+        yield made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("table", [name for name in OTHERS if name != THROUGH_PAPERMILL])
-def test_the_shared_notebook_serves_the_table(project, in_process, table, capsys):
+def test_the_shared_notebook_serves_the_table(home, table, capsys):
     """The cells of the smoke profile, run in this process, which is quicker than a kernel."""
     notebook = json.loads((ROOT / "notebooks" / f"{GENERIC}.ipynb").read_text(encoding="utf-8"))
     _, *cells = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
