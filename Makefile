@@ -53,8 +53,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 ## test-all             all tests
-test-all: test
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
+test-all: .venv/ready
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 ## check                formatting and lint
 check: .venv/ready

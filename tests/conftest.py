@@ -69,8 +69,7 @@ class Project:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)  # of the kernels that it starts
-            patch.setattr(executor, "ProcessPoolExecutor", Inline)
-            torch.set_num_threads(1)
+            alone(patch)
             assert main(list(arguments)) == 0
 
 
@@ -102,11 +101,17 @@ class Inline:
         """Nothing to shut down."""
 
 
-@pytest.fixture
-def in_process(monkeypatch) -> None:
+def alone(patch: pytest.MonkeyPatch) -> None:
     """Cells are trained in this process, one after the other, by one thread."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(executor, "ProcessPoolExecutor", Inline)
+    patch.setattr(executor, "ProcessPoolExecutor", Inline)
+    patch.setattr(executor, "cores", lambda: 1)
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> None:
+    """Cells are trained in this process."""
+    alone(monkeypatch)
 
 
 @contextmanager
@@ -117,8 +122,7 @@ def at_home(folder: Path, tables: Mapping[str, str]) -> Iterator[Project]:
         made.table(name, text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPLIB_HOME", str(made.folder))
-        patch.setattr(executor, "ProcessPoolExecutor", Inline)
-        torch.set_num_threads(1)
+        alone(patch)
         yield made
 
 

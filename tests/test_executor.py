@@ -125,8 +125,8 @@ def test_cells_are_started_by_urgency(project, in_process, monkeypatch):
     )
     made, order = plan(table), []
     monkeypatch.setattr(executor, "run_cell", lambda p, *_, **__: order.append(p.rows[0]))
-    run_plan(made, Store(), workers=1, device="cpu")
-    assert order == ["c", "d", "b", "e", "a"]
+    run_plan(made, Store(), workers=2, device="cpu")
+    assert order == ["c", "b", "d", "e", "a"]  # d waits for c
 
 
 def test_the_cost_of_a_cell_is_near_what_is_measured():

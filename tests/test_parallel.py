@@ -180,13 +180,8 @@ def cycle(rank, options):
     return apart, restarted, state(model, optimizer), jump
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in ("official", "preserving") else [pytest.mark.slow])
-        for kind in CYCLES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CYCLES)
 def test_a_cycle_leaves_all_processes_the_same_network(found, kind):
     (apart, restarted, trained, jump), other = found[f"cycle {kind}"]
     statistics = [name for name in apart if "running" in name]

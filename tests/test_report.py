@@ -175,6 +175,7 @@ def test_a_failing_notebook_leaves_the_old_page(page, home):
 
 
 # -- what a page shows, without a notebook -------------------------------------------------------
+@pytest.mark.slow
 def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, capfd):
     for name in ("cifar10", "cifar100", "cifar10-folder"):
         (home.folder / "params" / "table2" / f"{name}.yaml").unlink(missing_ok=True)

@@ -259,6 +259,7 @@ def test_networks_of_dense_maps_go_all_the_way(body, sizes, suffix, project, in_
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_runs_without_this_library(network, project, capfd):
     """In a process that cannot import replib, on as many images as one likes."""
     out = project.folder / "deployed.pt2"

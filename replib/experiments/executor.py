@@ -166,11 +166,14 @@ def run_plan(
         options = {"device": device, "compile": compile, "deadline": deadline}
         options["checkpoint_seconds"] = checkpoint_seconds
         return one_by_one(plan, store, missing, title, options)
-    costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
-    first = urgency(missing, costs)
-    waiting = {p.key: p for p in sorted(missing, key=lambda p: -first[p.key])}
-    most = min(workers or cores(), len(missing))
-    packing = Packing(most) if device.startswith("cuda") and workers is None else None
+    most, costs = min(workers or cores(), len(missing)), {}
+    if most > 1:  # one alone takes them in the order of the table
+        costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
+        first = urgency(missing, costs)
+        missing = sorted(missing, key=lambda p: -first[p.key])
+    waiting = {planned.key: planned for planned in missing}
+    packed = device.startswith("cuda") and workers is None and most > 1
+    packing = Packing(most) if packed else None
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future, Planned] = {}
     trained, stopped, begun = 0, 0, None
