@@ -17,7 +17,7 @@ help:
 reproduce-%: .venv/ready
 	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
 
-## list                 tables and their profiles, notebooks
+## list                 every table and figure of the papers: status, command; profiles
 list: .venv/ready
 	@$(BIN)/python -m replib list
 

@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     figure = table_command("figure", "draw the gains from the published evidence as a PNG")
     figure.add_argument("--out", type=Path, required=True, help="the file to write")
-    commands.add_parser("list", help="tables, profiles and what they need; notebooks")
+    commands.add_parser(
+        "list", help="every table and figure of the papers: status, command; profiles"
+    )
     commands.add_parser("proofs", help="render the proofs and explanations; trains no table")
     commands.add_parser("reports", help="render every page that has evidence; trains nothing")
     bench_command(commands)
@@ -244,24 +246,32 @@ def figure(arguments: argparse.Namespace) -> None:
 
 
 def list_tables(arguments: argparse.Namespace) -> None:
-    from replib.experiments.params import load_table
-    from replib.report.notebooks import notebooks
-    from replib.report.results import profile_path, profiles
+    from textwrap import shorten
 
-    for table, names in profiles().items():
-        for profile in names:
-            try:
-                loaded = load_table(profile_path(table, profile), networks=False)
-            except UserError as error:
-                print(f"{table:<10} {profile:<16} {error}")
-                continue
-            cells = len(loaded.rows) * len(loaded.seeds)
-            print(
-                f"{table:<10} {profile:<16} {loaded.cell['data']:<12} {cells:>4} cells   "
-                f"make reproduce-{table} PROFILE={profile}"
-            )
-    for name in notebooks():
-        print(f"{name:<27} {'notebook':<25}   make reproduce-{name}")
+    from replib.report.catalogue import catalogue, uncatalogued
+    from replib.report.notebooks import notebooks
+    from replib.report.standing import Standings, catalogue_counts
+
+    standings = Standings()
+    found = standings.all()
+    for name, work in catalogue().items():
+        print(". ".join(filter(None, (work.title, work.venue))))
+        for key, item in work.items.items():
+            shown, said = shorten(item.title, 64, placeholder="…"), found[f"{name}/{key}"].said
+            command = "; ".join(item.commands)
+            print(f"  {name + '/' + key:<32} {shown:<64} {said:<44} {command}".rstrip())
+    counts = catalogue_counts(found)
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{sum(counts.values())} tables and figures of papers: {said}")
+    print("Profiles of the tables: make reproduce-TABLE PROFILE=PROFILE")
+    for table, names in standings.profiles.items():
+        print(f"  {table:<32} {', '.join(names)}")
+    if others := uncatalogued((*standings.profiles, *notebooks())):
+        print("In no paper's catalogue")
+        for name in others:
+            print(f"  {name:<32} make reproduce-{name}")
+    for profile, error in standings.refused.items():
+        print(f"{profile}: {error}")
 
 
 def proofs(arguments: argparse.Namespace) -> None:

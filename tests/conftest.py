@@ -27,11 +27,11 @@ TINY = (ROOT / "tests" / "tiny.yaml").read_text(encoding="utf-8")  # every kind 
 
 
 class Project:
-    """A copy of params/ and notebooks/ in which commands run; the repository is not touched."""
+    """A copy of params/, notebooks/ and catalogue/ in which commands run, instead of our own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("params", "notebooks"):
+        for name in ("params", "notebooks", "catalogue"):
             shutil.copytree(ROOT / name, folder / name)
         self.environment = os.environ | {
             "REPLIB_HOME": str(folder),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -194,8 +195,9 @@ def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):
 def test_list_names_every_profile(project, capfd):
     assert main(["list"]) == 0
     listed = capfd.readouterr().out
+    profiles = listed.partition("make reproduce-TABLE PROFILE=PROFILE\n")[2]
     for path in (project.folder / "params").glob("*/*.yaml"):
-        assert f"make reproduce-{path.parent.name} PROFILE={path.stem}" in listed
+        assert re.search(rf"^  {path.parent.name} .*\b{path.stem}(,|$)", profiles, re.M), path
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -27,8 +27,12 @@ rows:
   none: {label: "No <convolution>", use: [base], set: {body_options: {sizes: []}}}
   both: {label: "Both", use: [base], set: {body_options: {sizes: [1, 3]}}}
 networks:
-  a: {label: "A <1>", body: resmlp12, image_size: 32, classes: 100, paper_parameters: 14.3}
-  b: {label: "B", body: digits, image_size: 8, classes: 10, paper_flops: 0.125}
+  a:
+    {label: "A <1>", body: resmlp12, image_size: 32, classes: 100,
+     paper: {row: repopt/table1/b1, parameters: params_m}}
+  b:
+    {label: "B", body: digits, image_size: 8, classes: 10,
+     paper: {row: repmlp/table2/repmlpnet_t224, flops: flops_b}}
 """
 
 
@@ -75,8 +79,8 @@ def test_a_page_counts_the_papers_networks_and_draws_their_blocks(made):
     count = counts(network_of("resmlp12", "convbn", 1.0, None, None, None), 100, (3, 32, 32))
     a, b = lines
     assert a[0] == "<b>A &lt;1&gt;</b>" and a[1] == "32 × 32"
-    assert a[3:5] == [f"{count['parameters'] / 1e6:.2f}", "14.3"]
-    assert a[5:] == [f"{count['flops'] / 2e9:.2f}", "–"] and b[-1] == "0.12"
+    assert a[3:5] == [f"{count['parameters'] / 1e6:.2f}", "51.8"]
+    assert a[5:] == [f"{count['flops'] / 2e9:.2f}", "–"] and b[-1] == "2.79"
     assert "accuracy in the paper" not in html  # nothing is stated
     assert "fully connected" in made.block().data
     assert "sizes = [1, 3]" in made.costs().data

@@ -42,7 +42,7 @@ BAD_SETTINGS = {
     "minus infinite": ("cell.clip_norm=-.inf", ["cell.clip_norm (=-inf)"]),
     "not a number": ("recipes.base.learning_rate=.nan", ["base.learning_rate (=nan)", "finite"]),
     "overflowing": ("recipes.base.learning_rate=1e400", ["learning_rate (=inf)", "finite"]),
-    "infinite gain": ("rows.control.published_gain=.inf", ["rows.control.published_gain (=inf)"]),
+    "a number where the catalogue is named": ("rows.control.paper=70.1", ["control.paper (=70.1)"]),
     "below the range": ("recipes.base.epochs=0", ["recipes.base.epochs (=0)", "greater"]),
     "negative": ("seeds=[-1]", ["seeds.0 (=-1)", "greater"]),
     "above the range": ("cell.momentum=1.5", ["cell.momentum (=1.5)", "less"]),
@@ -117,7 +117,14 @@ BAD_SETTINGS = {
         ["networks.a", "no option 'windows'", "window"],
     ),
     "an unknown view": ("cell.views=[mirrored]", ["cell.views.0 (='mirrored')", "rotated_90"]),
-    "an accuracy above all": ("rows.plain.paper_accuracy=101", ["paper_accuracy (=101)"]),
+    "a typed number": (
+        "rows.plain.paper_accuracy=70",
+        ["paper_accuracy (=70)", "no such key", "paper"],
+    ),
+    "an unknown quantity": (
+        "rows.plain.paper={row: repan/cifar_main/x, accuracies: y}",
+        ["rows.plain.paper.accuracies", "perhaps accuracy is meant"],
+    ),
     "a size of CIFAR": ("cell={data: cifar10, image_size: 16}", ["image_size", "or digits only"]),
     "a block that is not there": (
         "recipes.cycles.cycle.blocks=[stem]",

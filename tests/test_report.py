@@ -190,13 +190,14 @@ def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, c
 def test_what_the_paper_has_stands_beside_what_was_found(home):
     plain = Page("tiny9", "tiny")
     assert "in the paper" not in plain.summary().data and plain.views().data == ""
-    stated = Page("tiny9", "tiny", ["rows.official.paper_accuracy=70.12"])
+    stated = Page("tiny9", "tiny", ["rows.official.paper=dbb/table4/linear_dbb/top1"])
     shown = stated.summary().data
     assert "<th>in the paper, %</th>" in shown and shown.count("<td>70.12</td>") == 1
     assert shown.count("</th>") == plain.summary().data.count("</th>") + 1
-    turned = "rows.official.paper_views={upside_down: 41.5}"
+    turned = "{row: acnet/table4/resnet_18_base, views: {upside_down: updown_flip}}"
+    turned = f"rows.official.paper={turned}"
     views = Page("tiny9", "tiny", ["cell.views=[upside_down]", turned]).views().data
-    assert "upside down, %" in views and views.count("<td>41.50</td>") == 1
+    assert "upside down, %" in views and views.count("<td>41.86</td>") == 1
 
 
 def test_the_table_of_costs_says_how_many_numbers_are_trained(home, monkeypatch):

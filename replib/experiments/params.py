@@ -432,10 +432,11 @@ def network_of(
 
 def stated(params: Strict, prefix: str = "") -> dict[str, Any]:
     """Parameters as plain data, without those of `ADDED` that are at their default."""
+    fields = type(params).model_fields
     return {
         name: stated(value, f"{prefix}{name}.") if isinstance(value, Strict) else value
         for name, value in params
-        if prefix + name not in ADDED or value != type(params).model_fields[name].default
+        if prefix + name not in ADDED or value != fields[name].default
     }
 
 
@@ -486,6 +487,35 @@ def could_be_row(text: str) -> bool:
     return text.isidentifier() and not KEY.fullmatch(text)
 
 
+# What the catalogue can have for a row. Accuracy in percent, gain in points, parameters in
+# millions (of the deployed network), multiply-adds in billions.
+QUANTITIES = ("accuracy", "gain", "training_parameters", "parameters", "flops")
+
+
+class Paper(Strict):
+    """The row of a paper's table that a row of ours stands for, and which of its columns says what.
+
+    `PAPER/ITEM/ROW/COLUMN` alone names the accuracy. replib.report.catalogue looks numbers up.
+    """
+
+    row: str  # PAPER/ITEM/ROW
+    accuracy: str | None = None  # columns
+    gain: str | None = None
+    training_parameters: str | None = None
+    parameters: str | None = None
+    flops: str | None = None
+    views: dict[View, str] = {}  # accuracies on views of the test images
+
+    @model_validator(mode="before")
+    @classmethod
+    def short_form(cls, given: Any) -> Any:
+        """One cell, as text."""
+        if not isinstance(given, str):
+            return given
+        row, _, column = given.rpartition("/")
+        return {"row": row, "accuracy": column}
+
+
 class Row(Strict):
     """One row of a table: the recipes it uses, and its parents, by the names of rows."""
 
@@ -497,9 +527,7 @@ class Row(Strict):
     scales: str | None = None  # of RepOptimizers: a row or a key that searched, or a file
     against: str | None = None  # the row that its gain is taken over
     as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
-    published_gain: float | None = None  # the paper's gain in points, established ones only
-    paper_accuracy: Percent | None = None  # top-1 in the paper's table, established ones only
-    paper_views: dict[View, Percent] = {}  # the same for views of the test images
+    paper: Paper | None = None  # where the catalogue has the paper's numbers for it
     hidden: bool = False  # trained for others (a teacher, a parent), not a row on the page
     variant: str | None = None  # the variant that it belongs to
 
@@ -535,10 +563,7 @@ class Counted(Strict):
     body_options: dict[str, Any] | None = None
     image_size: Positive  # FLOPs are those of an image of so many pixels a side
     classes: Positive = 1000
-    paper_training_parameters: Annotated[float, Field(gt=0)] | None = None  # in millions
-    paper_parameters: Annotated[float, Field(gt=0)] | None = None  # deployed, in millions
-    paper_flops: Annotated[float, Field(gt=0)] | None = None  # multiply-adds, in billions
-    paper_accuracy: Percent | None = None  # established ones only, as all of these
+    paper: Paper | None = None  # where the catalogue has the paper's numbers for it
 
     @property
     def network(self) -> tuple:
@@ -748,6 +773,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "claims": Claim,
             "variants": Variant,
             "networks": Counted,
+            "paper": Paper,
             "cycle": CycleParams,
             "dyrep": DyRepParams,
             "resrep": ResRepParams,
@@ -820,11 +846,13 @@ def with_variants(values: dict) -> dict:
     return values | {"rows": rows, "recipes": recipes, "controls": controls, "control": first}
 
 
-def load_table(path: Path, settings: list[str] = (), networks: bool = True) -> Table:
+def load_table(
+    path: Path, settings: list[str] = (), networks: bool = True, cells: bool = True
+) -> Table:
     """Read, change and check one profile; every cell of it is checked too.
 
     networks: build every network, of shapes alone; False for who only asks what there is, since
-    which takes seconds where there are dozens.
+    which takes seconds where there are dozens. cells: make every cell; False for who does it.
     Raises: UserError in one line that names the file, the key, its value and what is allowed.
     """
     values = apply_settings(read_profile(path), list(settings))
@@ -845,7 +873,7 @@ def load_table(path: Path, settings: list[str] = (), networks: bool = True) -> T
             Fragment.model_validate(group)
         except ValidationError as error:
             raise in_one_line(error, where, prefix) from None
-    for row in table.rows:
+    for row in table.rows if cells else ():
         cell = check_row(table, row, where)
         if networks:
             check_network(cell, f"{where}, row {row}")

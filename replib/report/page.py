@@ -183,7 +183,7 @@ class Page:
         """The table: own results beside the published ones."""
         results = self.results
         both = bool(results.published)
-        of_paper = {row: self.table.rows[row].paper_accuracy for row in results.rows}
+        of_paper = {row: results.paper[row].get("accuracy") for row in results.rows}
         paper = ["in the paper, %"] if any(v is not None for v in of_paper.values()) else []
         header = ["", *paper, "accuracy, %", *(["published"] if both else []), "gain, points"]
         header += [*(["published"] if both else []), "over", "verdict"]
@@ -223,7 +223,7 @@ class Page:
             line = [f"<b>{escape(spec.label)}</b>"]
             for view in results.views:
                 line.append(interval(results.view_accuracy(row, view, results.fallback)))
-                line.append(number(spec.paper_views.get(view), 2))
+                line.append(number(results.paper[row].get(view), 2))
             lines.append(line)
         if not lines:
             return HTML("")
@@ -236,20 +236,21 @@ class Page:
     def counts(self) -> HTML:
         """The paper's networks in their full size, counted on what is built here."""
         lines = []
-        for one in self.table.networks.values():
+        for name, one in self.table.networks.items():
             shape = (3, one.image_size, one.image_size)
             found = counts(one.network, one.classes, shape)
+            paper = self.results.paper_networks[name]
             lines.append(
                 [
                     f"<b>{escape(one.label)}</b>",
                     f"{one.image_size} × {one.image_size}",
                     f"{found['training_parameters'] / 1e6:.2f}",
-                    number(one.paper_training_parameters, 1),
+                    number(paper.get("training_parameters"), 1),
                     f"{found['parameters'] / 1e6:.2f}",
-                    number(one.paper_parameters, 1),
+                    number(paper.get("parameters"), 1),
                     f"{found['flops'] / 2e9:.2f}",
-                    number(one.paper_flops, 2),
-                    number(one.paper_accuracy, 2),
+                    number(paper.get("flops"), 2),
+                    number(paper.get("accuracy"), 2),
                 ]
             )
         if not lines:

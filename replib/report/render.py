@@ -13,8 +13,10 @@ from jinja2 import Environment, FileSystemLoader
 from replib.errors import UserError
 from replib.experiments.params import load_table
 from replib.experiments.store import home
+from replib.report.catalogue import catalogue
 from replib.report.notebooks import GENERIC, changed, notebooks, title
 from replib.report.results import profile_path, profiles
+from replib.report.standing import Standings, catalogue_counts
 from replib.training.checkpoint import write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -161,28 +163,54 @@ def render_notebook(name: str, profile: str, settings: list[str]) -> Path:
 
 
 def index() -> Path:
-    """Write reports/index.html: tables with their profiles, notebooks, the pages that exist."""
-    rows, others = [], []
-    for table, names in profiles().items():
-        for profile in names:
-            row = {"table": table, "profile": profile, "title": "", "data": "", "seeds": ""}
-            try:
-                loaded = load_table(profile_path(table, profile), networks=False)
-                row |= {
-                    "title": loaded.title,
-                    "data": loaded.cell.get("data", ""),
-                    "seeds": len(loaded.seeds),
-                }
-            except UserError as error:  # one bad file must not hide the others
-                row["title"] = str(error)
-            command = f"make reproduce-{table} PROFILE={profile}"
-            rows.append(row | {"command": command} | page_of(f"{table}-{profile}"))
-    for name in notebooks():
-        row = {"name": name, "title": title(name), "command": f"make reproduce-{name}"}
-        others.append(row | page_of(name))
+    """Write reports/index.html: the catalogue with its standings, profiles, pages that exist."""
+    standings = Standings()
+    found, known = standings.all(), profiles()
+    works = [
+        {
+            "work": work,
+            "items": [
+                {"item": item, "id": f"{name}/{key}", "said": found[f"{name}/{key}"].said}
+                | {"pages": [page for entry in item.here for page in pages_of(entry, known)]}
+                for key, item in work.items.items()
+            ],
+        }
+        for name, work in catalogue().items()
+    ]
+    tables = []
+    for table, names in known.items():
+        loaded = {one.profile: one.table for one in standings.tables(table)}
+        title_of = next((one.title for one in loaded.values()), "")
+        rows = [
+            {
+                "profile": profile,
+                "data": loaded[profile].cell.get("data", "") if profile in loaded else "",
+                "seeds": len(loaded[profile].seeds) if profile in loaded else "",
+                "command": f"make reproduce-{table} PROFILE={profile}",
+                "error": standings.refused.get(f"{table} {profile}"),
+            }
+            | page_of(f"{table}-{profile}")
+            for profile in names
+        ]
+        tables.append({"table": table, "title": title_of, "rows": rows})
+    others = [
+        {"name": name, "title": title(name), "command": f"make reproduce-{name}"} | page_of(name)
+        for name in notebooks()
+    ]
+    values = {"works": works, "counts": catalogue_counts(found), "tables": tables}
     out = home() / "reports" / "index.html"
-    write_bytes(out, shell("index.html.j2", title="Reports", rows=rows, others=others).encode())
+    write_bytes(out, shell("index.html.j2", title="Reports", others=others, **values).encode())
     return out
+
+
+def pages_of(entry: str, known: dict[str, list[str]]) -> list[dict[str, str]]:
+    """The pages that exist of what an item of the catalogue names: TABLE, TABLE/PROFILE, NOTEBOOK.
+
+    Those of all profiles of a table, since others than the one that is named show it too.
+    """
+    name = entry.split("/")[0]
+    found = [page_of(f"{name}-{profile}") for profile in known.get(name, [])]
+    return [page for page in (*found, page_of(name)) if page]
 
 
 def page_of(name: str) -> dict[str, str]:

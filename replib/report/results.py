@@ -14,8 +14,9 @@ from replib.analysis.statistics import Estimate, estimate, paired_gain, statemen
 from replib.errors import UserError
 from replib.experiments.cells import Plan, plan, versions_of
 from replib.experiments.executor import Outcome, run_plan
-from replib.experiments.params import Cell, Table, load_table
+from replib.experiments.params import Cell, Counted, Row, Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
+from replib.report.catalogue import numbers
 
 
 def profiles() -> dict[str, list[str]]:
@@ -59,6 +60,8 @@ class Results:
         self.id, self.profile, self.settings = table, profile, list(settings)
         path = profile_path(table, profile)
         self.table: Table = load_table(path, self.settings)
+        self.paper = papers_numbers(self.table.rows)
+        self.paper_networks = papers_numbers(self.table.networks)
         self.store = store or Store()
         self.plan: Plan = plan(self.table, self.store)
 
@@ -182,18 +185,23 @@ class Results:
 
     def paper_gain(self, row: str) -> float | None:
         """The gain in points that the paper has for this row; None where none is established."""
-        row, other = (self.table.rows[name] for name in (row, self.against(row)))
-        if row.published_gain is not None or None in (row.paper_accuracy, other.paper_accuracy):
-            return row.published_gain
-        return round(row.paper_accuracy - other.paper_accuracy, 4)
+        stated = self.paper[row].get("gain")
+        ours, theirs = (self.paper[one].get("accuracy") for one in (row, self.against(row)))
+        if stated is not None or None in (ours, theirs):
+            return stated
+        return round(ours - theirs, 4)
 
     def verdict(self, row: str) -> str:
         """The verdict on the paper's gain of this row."""
         if self.against(row) == row:
             return "the control"
+        return verdict(self.gain(row, self.fallback), self.paper_gain(row), self.comparable)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether results of this profile can be compared with the paper's."""
         standard = not self.settings and self.table.cell.get("data") != "digits"
-        comparable = standard and self.table.proxy is None
-        return verdict(self.gain(row, self.fallback), self.paper_gain(row), comparable)
+        return standard and self.table.proxy is None
 
     def cost(self, row: str, seed: int, published: bool = False) -> tuple[Cost, Cost] | None:
         """(own and starts, teachers) of one seed; None where evidence is missing."""
@@ -320,6 +328,17 @@ class Results:
                 frame = pd.DataFrame(evidence["result"]["restarts"])
                 frames.append(frame.assign(row=row, seed=seed))
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def papers_numbers(named: dict[str, Row] | dict[str, Counted]) -> dict[str, dict[str, float]]:
+    """row or network -> quantity -> what its paper has. Raises: UserError in one line."""
+    found = {}
+    for name, one in named.items():
+        try:
+            found[name] = numbers(one.paper)
+        except UserError as error:
+            raise UserError(f"row {name}: {error}") from None
+    return found
 
 
 def same(values: list) -> object:
