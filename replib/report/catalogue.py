@@ -101,6 +101,7 @@ def catalogue() -> dict[str, Work]:
 
 
 def folder() -> Path:
+    """Where its files are."""
     return home() / "catalogue"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from replib.errors import UserError
-from replib.experiments.cells import Plan, Planned, key_of
+from replib.experiments.cells import Plan, Planned, key_of, versions_of
 from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store, home, read_evidence
 from replib.report.catalogue import KINDS, Item, catalogue, item_of
@@ -57,34 +57,43 @@ class Evidence:
         self.store = store or Store()
         self.own = by_key(self.store.runs.glob("*/result.json"))
         self.published = by_key(self.store.published.glob("*.json"))
-        self.digests: dict[tuple, set[str]] = {}  # of data, as cells name them: all that were used
+        self.all = self.published | self.own
+        self.digests: dict[tuple, list[str]] = {}  # of data, as cells name them; our own first
         for evidence in (*self.own.values(), *self.published.values()):
             result = evidence["result"]
-            names = tuple(result.get("parameters", {}).get(name) for name in DATA)
-            self.digests.setdefault(names, set()).add(result.get("data", {}).get("digest"))
+            known = self.digests.setdefault(data_of(result.get("parameters", {})), [])
+            if (digest := result.get("data", {}).get("digest")) not in known:
+                known.append(digest)
 
-    def on(self, values: dict) -> bool:
-        """Whether any evidence is on the data that a cell of these parameters opens."""
-        return tuple(values.get(name) for name in DATA) in self.digests
+    def key(self, cell: Cell, chosen: dict[tuple, str], outside: bool) -> str | None:
+        """The key of a cell that has evidence; or None.
 
-    def key(self, cell: Cell, outside: bool) -> str | None:
-        """The key of a cell that has evidence, on whichever data of that name; or None.
-
-        outside: a parent is no row, so that what it is was only known once it was opened.
+        chosen: the digests of the data that cells of a table were found on: others are to be on
+        the same ones, or gains would be over other images. outside: a parent is no row, so that
+        what it is was only known once it was opened.
         """
-        if outside:
-            wanted = parentless(cell)
-            both = (*self.own.items(), *self.published.items())
-            found = (k for k, e in both if known_cell(e, cell) == wanted)
-            return next(found, None)
-        names = tuple(getattr(cell, name) for name in DATA)
-        keys = (key_of(cell, digest) for digest in self.digests.get(names, ()))
-        return next((key for key in keys if key in self.own or key in self.published), None)
+        names = data_of(cell.in_key)
+        digests = [chosen[names]] if names in chosen else self.digests.get(names, ())
+        for digest in digests:
+            if outside:
+                key = next((k for k, e in self.all.items() if alike(e, cell, digest)), None)
+            else:
+                key = key_of(cell, digest)
+            if key in self.all:
+                chosen[names] = digest
+                return key
+        return None
 
 
 def by_key(paths: Iterable[Path]) -> dict[str, dict]:
-    found = (read_evidence(path) for path in paths)
+    """key -> evidence."""
+    found = (read_evidence(path) for path in sorted(paths))
     return {e["result"]["key"]: e for e in found if e is not None}
+
+
+def data_of(values: dict) -> tuple:
+    """What a cell of these parameters opens, and how."""
+    return tuple(values.get(name) for name in DATA)
 
 
 def parentless(cell: Cell) -> dict:
@@ -93,15 +102,20 @@ def parentless(cell: Cell) -> dict:
     return {name: value for name, value in cell.in_key.items() if name not in nothing}
 
 
-def known_cell(evidence: dict, cell: Cell) -> dict | None:
-    """`parentless` of a cell that has evidence; None at once where it is surely another."""
-    found = evidence["result"].get("parameters", {})
-    if any(found.get(name) != getattr(cell, name) for name in ("data", "seed", "body", "block")):
-        return None
+def alike(evidence: dict, cell: Cell, digest: str) -> bool:
+    """Whether evidence is of a cell on these data, as far as that is known without its parents."""
+    result = evidence["result"]
+    found = result.get("parameters", {})
+    if result.get("data", {}).get("digest") != digest or result.get("versions") != versions_of(
+        cell
+    ):
+        return False
+    if any(found.get(name) != getattr(cell, name) for name in ("seed", "body", "epochs")):
+        return False  # surely another; it need not be read
     try:
-        return parentless(Cell.model_validate(found))
+        return parentless(Cell.model_validate(found)) == parentless(cell)
     except ValueError:  # parameters that there are no more
-        return None
+        return False
 
 
 class Recorded(Results):
@@ -129,7 +143,7 @@ class Recorded(Results):
 
 def recorded(table: Table, evidence: Evidence) -> Plan:
     """The plan of `Recorded`."""
-    out, order = Plan(), []
+    out, order, chosen = Plan(), [], {}
     for row in table.rows:
         order += [r for r in (*table.ancestors(row), row) if r not in order]
     for row in order:
@@ -139,7 +153,7 @@ def recorded(table: Table, evidence: Evidence) -> Plan:
         for seed in table.seeds:
             out.by_row[row, seed] = f"{row} {seed}"
             values = table.cell_of(row, seed) if cell is None else {}
-            if cell is None and not evidence.on(values):
+            if cell is None and data_of(values) not in evidence.digests:
                 continue
             changes = {
                 role: out.by_row[text, seed] if text in table.rows else text
@@ -148,7 +162,7 @@ def recorded(table: Table, evidence: Evidence) -> Plan:
             if cell is None:  # checked once; its other seeds differ in nothing that is
                 cell = Cell.model_validate(values | changes)
             cell = cell.model_copy(update=changes | {"seed": seed})
-            if (key := evidence.key(cell, outside)) is not None:
+            if (key := evidence.key(cell, chosen, outside)) is not None:
                 out.cells[key] = Planned(key, cell, rows=(row,))
                 out.by_row[row, seed] = key
     return out
