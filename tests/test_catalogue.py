@@ -170,7 +170,7 @@ def recorded_page(table: str, profile: str, evidence: Evidence) -> Page:
     made.cell = lambda row: Cell.model_construct(
         **{"views": [], "data": "digits"} | made.table.cell_of(row, made.table.seeds[0])
     )
-    made.results.__dict__["views"] = made.table.cell.get("views", [])
+    made.results.__dict__["views"] = max((made.cell(row).views for row in made.table.rows), key=len)
     return made
 
 
@@ -184,7 +184,9 @@ def test_pages_show_the_catalogues_numbers_and_a_planted_one_is_caught(monkeypat
             made = recorded_page(table, profile, evidence)
             assert unfounded(made) == [], (table, profile)
             seen += len(papers_shown(made))
-    assert seen > 300
+    assert seen > 300 and "41.86" in papers_shown(
+        recorded_page("acnet-cifar", "imagenet", evidence)
+    )
     for table, profile, planted in (
         ("dbb-table4", "imagenet", lambda made: made.results.paper["whole"]),
         ("repopt-table2", "quick", lambda made: made.results.paper_networks["repvgg_b1"]),
@@ -337,13 +339,13 @@ def test_evidence_of_another_version_does_not_count(mini):
 
 
 def test_results_on_other_images_are_not_compared(mini):
+    path = mini.project.folder / "params" / "mini" / "tiny.yaml"
+    path.write_text(re.sub(r"(, |\n    )start: base", "", mini.text))  # or their keys would tell
+    mini.run("control", 70, 70)
     mini.run("official", *REPRODUCED, digest="of another folder")
     assert mini.standing("first").said == "not run"
-    mini.run("control", 70, 70, digest="of another folder")
-    mini.run("preserving", 68.95, 69.05, digest="of another folder")
-    table = Recorded("mini", "tiny", Evidence(mini.store))
-    found = {table.own[key]["result"]["data"]["digest"] for key in table.plan.cells}
-    assert len(found) == 1, "one folder for a whole table"
+    mini.run("official", *REPRODUCED)
+    assert mini.standing("first").verdicts["reproduced"] == 1
 
 
 def test_rows_with_a_parent_from_elsewhere_are_found(mini):
@@ -360,8 +362,8 @@ def test_rows_with_a_parent_from_elsewhere_are_found(mini):
         result = {"key": key, "parameters": cell.in_key, "versions": versions}
         result |= {"data": {"name": "cifar10", "digest": digest}}
         mini.store.write(key, result | {"deployed": {"test_accuracy": 0.5}}, {})
-    found = Recorded("mini", "tiny", Evidence(mini.store))
-    assert found.accuracies("distilled") == {0: 50} and found.plan.by_row["distilled", 0] == key
+        found = Recorded("mini", "tiny", Evidence(mini.store)).accuracies("distilled")
+        assert found == ({0: 50} if versions == versions_of(cell) else {})
 
 
 def test_what_needs_no_verdict_has_none(mini):
