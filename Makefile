@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup list reports proofs figure bench bench-gpu lab test test-all check clean
+.PHONY: help setup reproduce list reports proofs figure bench bench-gpu lab test test-all check clean
 
 ## help                 this list
 help:
@@ -16,6 +16,10 @@ help:
 ##                      [PROFILE=quick] [SET="key=value key=value"]
 reproduce-%: .venv/ready
 	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
+
+## reproduce            the same for several at once: TABLES="ID ID ..." [PROFILE=quick] [SET=...]
+reproduce: .venv/ready
+	@$(BIN)/python -m replib reproduce $(TABLES) --profile '$(PROFILE)'
 
 ## list                 tables and their profiles, notebooks
 list: .venv/ready

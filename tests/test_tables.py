@@ -20,7 +20,7 @@ OTHERS = sorted(
 )
 
 
-THROUGH_PAPERMILL = "acnet-cifar"  # of those that share a notebook; the others run its cells here
+THROUGH_PAPERMILL = "orepa-supplement"  # those that share a notebook run its cells here, but for it
 
 
 def whole(page, table):
