@@ -133,6 +133,9 @@ def test_several_are_made_in_one_process(small, capfd):
     """One shell for all, and none of them sees the names of another."""
     first = small.folder / "notebooks" / "why-small.ipynb"
     text = first.read_text().replace("'nine', size**2", "'seen' in globals(), size**2")
+    shown = ["import matplotlib.pyplot as plt", "from IPython.display import HTML, display"]
+    shown += ["display(plt.subplots()[0])", "HTML(f'<b id=\"bold{size}\">shown</b>')"]
+    text = text.replace('  # the code"', f'\\n", {json.dumps(chr(10).join(shown))}')
     second = first.with_name("why-other.ipynb")
     second.write_text(text.replace('"rate = 0.5', '"seen = 1\\n", "rate = 0.5'))
     names = ["why-other", "why-small"]
@@ -143,6 +146,8 @@ def test_several_are_made_in_one_process(small, capfd):
     assert [told.index(f"The report: {page}") for page in pages] == sorted(
         told.index(f"The report: {page}") for page in pages
     )
+    assert all('<b id="bold4">shown</b>' in page.read_text() for page in pages)
+    assert all(page.read_text().count("data:image/png;base64,") == 1 for page in pages)
     assert "True 16" in pages[0].read_text() and "False 16" in pages[1].read_text()
     links = offline(pages[0].with_name("index.html")).all("href")
     assert {page.name for page in pages} <= set(links)

@@ -7,6 +7,8 @@ rendered alone, gets a kernel: its death is not ours.
 
 from __future__ import annotations
 
+import sys
+
 import matplotlib
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
@@ -27,11 +29,14 @@ class InProcess(Engine):
         matplotlib.use("agg")  # as in a kernel: no window opens
         shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
         shell.reset()
+        # A shell in a terminal shows plain text alone; a page wants all there is.
+        shell.display_formatter.active_types = shell.display_formatter.format_types
         select_figure_formats(shell, {"png"}, bbox_inches="tight")
         for index, cell in enumerate(nb_man.nb.cells):
             nb_man.cell_start(cell, index)
             if cell.cell_type == "code":
                 with capture_output() as captured:
+                    shell.display_trap.hook = sys.displayhook  # the one that captures
                     done = shell.run_cell(cell.source)
                 cell.outputs = outputs(captured)
                 if error := done.error_before_exec or done.error_in_exec:
