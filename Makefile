@@ -19,6 +19,7 @@ reproduce-%: .venv/ready
 
 ## reproduce            the same for several at once: TABLES="ID ID ..." [PROFILE=quick] [SET=...]
 reproduce: .venv/ready
+	@$(if $(TABLES),,echo 'TABLES is empty: say which, as TABLES="table2 table3"; make list has them.' >&2; exit 2)
 	@$(BIN)/python -m replib reproduce $(TABLES) --profile '$(PROFILE)'
 
 ## list                 tables and their profiles, notebooks

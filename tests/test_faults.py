@@ -160,7 +160,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_reported_in_one_line(project):
+def test_a_killed_worker_is_reported_in_one_line(project, undisturbed):
     add_table(project)
     process = project.start(*RUN)
     until(lambda: stopped_inside_a_cell(project), process)
@@ -168,6 +168,7 @@ def test_a_killed_worker_is_reported_in_one_line(project):
     _, error = process.communicate()
     assert process.returncode == 2 and error.count("\n") == 1 and "a worker process died" in error
     until(lambda: not alive(process.pid))
+    finish(project, undisturbed)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """A papermill engine that runs the cells of a notebook in this very process.
 
 A kernel takes seconds to start and to import what this process has imported already, and where
-pages are rendered one after the other that is most of their time. A notebook that trains, or is
-rendered alone, gets a kernel: its death is not ours.
+pages are rendered one after the other that is most of their time. A notebook that is rendered
+alone gets a kernel: its death is not ours.
 """
 
 from __future__ import annotations

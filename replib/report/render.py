@@ -64,11 +64,11 @@ def execute(name: str, parameters: dict, copy: str, here: bool = False) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from replib.report import in_process
-
-    source = home() / "notebooks" / f"{name}.ipynb"
+    source, engine = home() / "notebooks" / f"{name}.ipynb", None  # None: a kernel
     if not source.is_file():
         raise UserError(f"{name} has no notebook ({source}).")
+    if here:
+        from replib.report.in_process import NAME as engine
     out = home() / "reports" / "runs" / "notebooks" / f"{copy}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ.copy()
@@ -79,7 +79,7 @@ def execute(name: str, parameters: dict, copy: str, here: bool = False) -> Path:
             str(source),
             str(out),
             parameters=parameters,
-            engine_name=in_process.NAME if here else None,
+            engine_name=engine,
             kernel_name="python3",
             cwd=str(home()),
             progress_bar=False,
