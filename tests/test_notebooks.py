@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -140,7 +141,9 @@ def test_several_are_made_in_one_process(small, capfd):
     second.write_text(text.replace('"rate = 0.5', '"seen = 1\\n", "rate = 0.5'))
     names = ["why-other", "why-small"]
     first.write_text(text)
+    program = sys.modules["__main__"]  # a process that is spawned later starts from it
     assert main(["reproduce", *names, "--set", "size=4"]) == 0
+    assert sys.modules["__main__"] is program
     pages = [small.folder / "reports" / f"{name}.html" for name in names]
     told = capfd.readouterr().out
     assert [told.index(f"The report: {page}") for page in pages] == sorted(

@@ -8,6 +8,7 @@ alone gets a kernel: its death is not ours.
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import matplotlib
 from IPython.core.interactiveshell import InteractiveShell
@@ -27,7 +28,11 @@ class InProcess(Engine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name: str, **options) -> None:
         matplotlib.use("agg")  # as in a kernel: no window opens
-        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        # Names live in a module of their own: a shell's is __main__, which a worker process that
+        # is started later would look for in vain.
+        shell = InteractiveShell.instance(
+            config=Config({"HistoryManager": {"enabled": False}}), user_module=ModuleType("page")
+        )
         shell.reset()
         # A shell in a terminal shows plain text alone; a page wants all there is.
         shell.display_formatter.active_types = shell.display_formatter.format_types
