@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup list reports proofs figure bench bench-gpu lab test test-all check clean
+.PHONY: help setup reproduce list reports proofs figure bench bench-gpu lab test test-all check clean
 
 ## help                 this list
 help:
@@ -16,6 +16,11 @@ help:
 ##                      [PROFILE=quick] [SET="key=value key=value"]
 reproduce-%: .venv/ready
 	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
+
+## reproduce            the same for several at once: TABLES="ID ID ..." [PROFILE=quick] [SET=...]
+reproduce: .venv/ready
+	@$(if $(TABLES),,echo 'TABLES is empty: say which, as TABLES="table2 table3"; make list has them.' >&2; exit 2)
+	@$(BIN)/python -m replib reproduce $(TABLES) --profile '$(PROFILE)'
 
 ## list                 every table and figure of the papers: status, command; profiles
 list: .venv/ready

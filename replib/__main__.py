@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = table_command("run", "train the missing cells of a table; no notebook is needed")
     again = table_command("reproduce", "leave the report of a table or notebook; train for it")
+    again.add_argument("more", nargs="*", help="further ids: the cells of all are trained together")
     for command in (run, again):
         command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
         command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
@@ -199,11 +200,13 @@ def write_bundle(path: Path, evidence: list[dict], compact) -> None:
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
-    from replib.report.render import reproduce
+    from replib.report.render import reproduce, reproduce_all
 
+    workers = positive("--workers", arguments.workers)
+    budget = positive("--budget-seconds", arguments.budget_seconds)
     for name, value in (
-        ("REPLIB_WORKERS", positive("--workers", arguments.workers)),
-        ("REPLIB_BUDGET_SECONDS", positive("--budget-seconds", arguments.budget_seconds)),
+        ("REPLIB_WORKERS", workers),
+        ("REPLIB_BUDGET_SECONDS", budget),
         ("REPLIB_COMPILE", arguments.compile),
     ):
         if value is not None:
@@ -211,7 +214,15 @@ def reproduce(arguments: argparse.Namespace) -> None:
     # `make` hands its SET over as one text: key=value after key=value, values may hold spaces.
     text = os.environ.get("REPLIB_SET", "").strip()
     settings = re.split(r"\s+(?=[\w.]+=)", text) if text else []
-    page = reproduce(arguments.table, arguments.profile, arguments.set + settings)
+    settings = arguments.set + settings
+    if arguments.more:
+        names = list(dict.fromkeys([arguments.table, *arguments.more]))
+        options = {"workers": workers, "budget_seconds": budget}
+        options["compile"] = arguments.compile or "auto"
+        for page in reproduce_all(names, arguments.profile, settings, **options):
+            print(f"The report: {page}")
+        return
+    page = reproduce(arguments.table, arguments.profile, settings)
     print(f"The report: {page}")
 
 
@@ -300,7 +311,7 @@ def reports(arguments: argparse.Namespace) -> None:
                 print(f"{table} {profile}: not rendered: {error}")
                 continue
             if results.own or results.published:
-                print(reproduce(table, profile, []))
+                print(reproduce(table, profile, [], here=True), flush=True)
     print(index())
 
 

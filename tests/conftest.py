@@ -42,7 +42,7 @@ class Project:
     def table(self, name: str, text: str, profile: str = "tiny") -> None:
         """Add params/NAME/PROFILE.yaml; the notebook of all tables serves it."""
         path = self.folder / "params" / name / f"{profile}.yaml"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:

@@ -236,7 +236,7 @@ def test_the_long_cosine_is_as_long_as_the_cycles(profile):
 def test_the_notebook_runs_from_the_command_line(table, project, capfd):
     from test_report import offline
 
-    project.run_here("reproduce", table, "--profile", "smoke")
+    project.run_here("reproduce", table, "--profile", "smoke", "--set", "seeds=[0]")
     page = project.folder / "reports" / f"{table}-smoke.html"
     assert capfd.readouterr().out.rstrip().endswith(f"The report: {page}")
     reader = offline(page)

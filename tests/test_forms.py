@@ -27,7 +27,6 @@ from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.branches import Chain, Sum
 from replib.models.cifar_repvgg import digits_net
-from replib.models.ghost import repopt_ghostnet
 from replib.models.layers import layer, pooled, sequence
 from replib.models.mobile import mobileone
 from replib.models.replknet import feed_forward, large_kernel_block
@@ -123,9 +122,7 @@ NETWORK_FORMS = {
     "mobileone net": (lambda: at_rate(mobileone("s0", classes=5)), IMAGE),
     "replknet": (lambda: at_rate(network(*large_kernel_layers())), IMAGE),
     "repmlpnet": (lambda: at_rate(network(unit(8, 4, 2))), IMAGE),
-    "ghostnet": (lambda: at_rate(repopt_ghostnet(0.5, classes=5, block="csla")), IMAGE),
     "converted mobilenet": (lambda: converted("mobilenet_v3_small", "dbb"), IMAGE),
-    "converted shufflenet": (lambda: converted("shufflenet_v2_x0_5", "orepa"), IMAGE),
 }
 FORMS = BLOCK_FORMS | NETWORK_FORMS
 DEPLOYED = ("dbb", "dbb, depthwise", "dbb, 1-D", "orepa, 3-D", "repmlp", "repmlp, official order")
@@ -264,7 +261,7 @@ def test_a_state_dict_goes_into_another_module_of_the_form(form):
 
 # -- compilation ----------------------------------------------------------------------------------
 QUICK_TO_COMPILE = ("orepa_1x1", "deployed dbb")
-SLOW_TO_COMPILE = [name for name in BLOCK_FORMS if name in BLOCKS or name == "shifting"]
+SLOW_TO_COMPILE = [name for name in BLOCK_FORMS if "cycle" not in name]  # it changes values only
 SLOW_TO_COMPILE += ["dbb in a cycle", "deployed repmlp", "digits net"]
 SLOW_TO_COMPILE += ["fused digits net", "fused converted mobilenet"]
 
@@ -314,7 +311,7 @@ def test_compilation_in_eval_mode(form):
     test_compilation_computes_the_same_and_sees_every_change(form, training=False)
 
 
-@over_forms(("digits net", "resnet", "replknet", "repmlpnet", "converted mobilenet"), ())
+@over_forms(("digits net", "replknet", "repmlpnet", "converted mobilenet"), ())
 def test_a_network_is_captured_as_one_graph(form):
     """In train mode, dropout and stochastic depth included."""
     torch._dynamo.reset()
@@ -331,15 +328,12 @@ def test_a_network_is_captured_as_one_graph(form):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@over(
-    "form, training",
-    [("orepa_1x1", True), ("digits net", False)],
-)
-def test_the_default_compiler_computes_the_same(form, training, monkeypatch, tmp_path):
+@over("form", ["dbb", "orepa_1x1"])
+def test_the_default_compiler_computes_the_same(form, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     module, x = made(form)
-    twin = copy.deepcopy(module.train(training))
+    twin = copy.deepcopy(module)
     compiled = torch.compile(twin, fullgraph=True)
     same(step(twin, x, compiled), step(module, x), SINGLE)
     change_values(twin), change_values(module)

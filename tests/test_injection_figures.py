@@ -100,6 +100,10 @@ def test_kernels_are_drawn_as_initialised_until_there_are_trained_ones(made, mon
     after = Injection(made.results)
     assert "4 networks" in after.said().data
     assert "Both, seed 0, the selected weights" in after.kernels().get_suptitle()
+    _, block = after.example()
+    shown = after.kernels().axes[3].images[0].get_array()  # the corner's, in the last column
+    deployed = sum(maps(block).values())[0, 0]
+    assert shown.flatten().tolist() == pytest.approx(deployed.tolist())
     lines = after.locality().axes[0].lines
     curves = []
     for seed in (0, 1):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -73,7 +74,7 @@ def unexecuted(small, monkeypatch):
     """Nothing is executed: the parameters that papermill would get are collected instead."""
     given = []
 
-    def execute(name, parameters, copy):
+    def execute(name, parameters, copy, here=False):
         given.append(parameters)
         return small.folder / "notebooks" / f"{name}.ipynb"
 
@@ -128,6 +129,38 @@ def test_a_mistake_is_told_in_one_line(arguments, named, small, unexecuted, capf
     assert error.startswith("replib: ") and error.count("\n") == 1, error
     assert all(text in error for text in named), error
     assert unexecuted == []
+
+
+def test_several_are_made_in_one_process(small, capfd):
+    """One shell for all, and none of them sees the names of another."""
+    first = small.folder / "notebooks" / "why-small.ipynb"
+    text = first.read_text().replace("'nine', size**2", "'seen' in globals(), size**2")
+    shown = ["import matplotlib.pyplot as plt", "from IPython.display import HTML, display"]
+    shown += ["display(plt.subplots()[0])", "HTML(f'<b id=\"bold{size}\">shown</b>')"]
+    text = text.replace('  # the code"', f'\\n", {json.dumps(chr(10).join(shown))}')
+    second = first.with_name("why-other.ipynb")
+    second.write_text(text.replace('"rate = 0.5', '"seen = 1\\n", "rate = 0.5'))
+    names = ["why-other", "why-small"]
+    first.write_text(text)
+    program = sys.modules["__main__"]  # a process that is spawned later starts from it
+    assert main(["reproduce", *names, "--set", "size=4"]) == 0
+    assert sys.modules["__main__"] is program
+    pages = [small.folder / "reports" / f"{name}.html" for name in names]
+    told = capfd.readouterr().out
+    assert [told.index(f"The report: {page}") for page in pages] == sorted(
+        told.index(f"The report: {page}") for page in pages
+    )
+    assert all('<b id="bold4">shown</b>' in page.read_text() for page in pages)
+    assert all(page.read_text().count("data:image/png;base64,") == 1 for page in pages)
+    assert "True 16" in pages[0].read_text() and "False 16" in pages[1].read_text()
+    links = offline(pages[0].with_name("index.html")).all("href")
+    assert {page.name for page in pages} <= set(links)
+    first.write_text(text.replace("size**2", "size**2 / 0"))
+    before = pages[1].read_bytes()
+    assert main(["reproduce", *names]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "ZeroDivisionError" in error, error
+    assert pages[1].read_bytes() == before
 
 
 def test_an_unknown_name_is_told_what_there_is(small, capfd):

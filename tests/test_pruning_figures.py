@@ -70,6 +70,15 @@ def test_a_page_says_what_the_evidence_says(made):
         w for i in (0, 1) for w in [v[i] for v in pruned[0]["pruning"]["widths"].values()]
     ]
     assert len(pruning.course().axes) == 2 and len(pruning.arms().axes) == 3
+    percent = (100 * pruning.mean("resrep", "test_accuracy")).tolist()
+    course = pruning.course().axes[1].lines[1]  # after that of "first"
+    (trained,) = pruning.arms().axes[1].lines
+    assert list(course.get_ydata()) == list(trained.get_ydata()) == pytest.approx(percent)
+    assert (
+        course.get_color()
+        == trained.get_color()
+        == pruning.share_left().axes[0].lines[0].get_color()
+    )
     dots = [line for line in pruning.arms().axes[0].lines if len(line.get_xdata()) == 1]
     assert [d.get_ydata()[0] for d in dots] == [
         pytest.approx(results.accuracy(row).mean) for row in results.rows

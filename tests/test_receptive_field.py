@@ -158,5 +158,9 @@ def test_a_cell_measures_it_and_a_page_says_what_the_evidence_says(tmp_path):
         cells = re.findall(r"<td>(.*?)</td>", html)
         assert cells[3].startswith(f"{sum(halves) / 2:.3g} ")
         assert len(fields.curves().axes) == 1
+        both = [found["map"] for found in fields.measured["small"].values()]
+        mean = (torch.tensor(both[0]) + torch.tensor(both[1])) / 2
+        drawn = torch.as_tensor(fields.maps().axes[0].images[0].get_array())
+        assert torch.allclose(10 ** drawn.float(), (mean / mean.max()).clamp(min=1e-4), rtol=1e-4)
         title = fields.maps().axes[0].get_title()
         assert title.startswith("As it <is>") and not math.isnan(halves[0])

@@ -3,6 +3,7 @@
 import html.parser
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import TINY, Project
 
 from replib.__main__ import main
 from replib.experiments.cells import new_model
+from replib.experiments.executor import Outcome
 from replib.report import render
 from replib.report.page import Page, number
 from replib.report.results import Results
@@ -174,13 +176,33 @@ def test_a_failing_notebook_leaves_the_old_page(page, home):
     assert page.read_bytes() == before and sorted(page.parent.iterdir()) == files
 
 
+def test_tables_are_trained_together(home, monkeypatch):
+    """A cell that two tables share is trained once, and its parents come before it."""
+    home.table("tiny8", TINY.replace("seeds: [0]", "seeds: [0, 1]"))
+    asked, rendered = [], []
+
+    def run_plan(plan, store, **options):
+        asked.append(plan)
+        return Outcome(0, 0, 0)
+
+    monkeypatch.setattr(render, "run_plan", run_plan)
+    monkeypatch.setattr(render, "reproduce", lambda name, *_, **__: rendered.append(name))
+    names = ["tiny9", "tiny8"]
+    assert len(list(render.reproduce_all(names, "tiny", []))) == 2 and rendered == names
+    (plan,) = asked
+    assert len(plan.cells) == 2 * CELLS
+    keys = list(plan.cells)
+    for key, planned in plan.cells.items():
+        assert all(keys.index(parent) < keys.index(key) for parent in planned.parents.values())
+
+
 # -- what a page shows, without a notebook -------------------------------------------------------
 @pytest.mark.slow
 def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, capfd):
     for name in ("cifar10", "cifar100", "cifar10-folder"):
         (home.folder / "params" / "table2" / f"{name}.yaml").unlink(missing_ok=True)
     asked = []
-    monkeypatch.setattr(render, "reproduce", lambda *what: asked.append(what) or what)
+    monkeypatch.setattr(render, "reproduce", lambda *what, here: asked.append(what) or what)
     monkeypatch.setenv("REPLIB_TRAIN", "1")
     assert main(["reports"]) == 0
     assert ("tiny9", "tiny", []) in asked and not [w for w in asked if w[0] == "table2"]
@@ -284,9 +306,8 @@ def test_the_numbers_of_the_page_are_those_of_the_evidence(home):
 @pytest.mark.slow
 def test_the_whole_way_from_nothing(project):
     """`make reproduce-ID` trains and renders; `make reports` renders and trains nothing."""
+    shutil.rmtree(project.folder / "params")
     project.table("tiny9", TINY)
-    for path in (project.folder / "params" / "table2").glob("*.yaml"):
-        path.unlink()
     status, out, error = project.run("reproduce", "tiny9", "--profile", "tiny")
     assert (status, error) == (0, ""), error
     assert f"{CELLS} cells trained" in out

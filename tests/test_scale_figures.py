@@ -1,5 +1,7 @@
 """The figures of RepOptimizers: variances by hand, scales from evidence and from a file."""
 
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +56,8 @@ def test_scales_that_begin_smaller_give_the_identity_more_weight():
     figure = identity_share_figure(width=0.0625, pixels=64, images=4, seed=0)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     resnet, ones, published = lines.values()
+    for line in figure.axes[0].lines:  # the first block of the stage has no identity
+        assert list(line.get_xdata()) == [*range(2, 17)]
     assert len(ones) == len(published) == len(resnet) == 15
     assert published[-1] > published[0] + 0.3 and resnet[-1] > resnet[0] + 0.3
     assert max(ones) - min(ones) < 0.3
@@ -70,12 +74,14 @@ def searches(tmp_path, monkeypatch):
     network = build("repopt_vgg_b1", "csla", classes=2, in_channels=3, width=0.0625)
     first = mean_scales(network)
     second = {name: 2 * value for name, value in first.items()}
+    steep = {name: math.exp(3 * value) for name, value in first.items()}  # in the same order
+    last = {"a": steep, "b": second}
     labels = {"a": SimpleNamespace(label="A"), "b": SimpleNamespace(label="B")}
     results = SimpleNamespace(
         rows=["a", "b"],
         fallback=False,
         table=SimpleNamespace(rows=labels),
-        evidence=lambda row, published: {0: evidence([first, second])},
+        evidence=lambda row, published: {0: evidence([first, last[row]])},
     )
     monkeypatch.setenv("REPLIB_HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
@@ -95,9 +101,15 @@ def test_scales_are_read_from_evidence_and_from_the_released_file(searches):
     assert dict(zip(released.branch, released["mean"], strict=True))["conv"] == pytest.approx(1.0)
     titles = [axis.get_title() for axis in found.by_block().axes]
     assert titles == ["A", "B", "released (RepOpt-VGG-B1, CIFAR-100)"]
-    line = found.over_epochs().axes[0].lines[0].get_ydata()
+    final = [axis.lines[0].get_ydata()[3] for axis in found.by_block().axes]  # of layer 4
+    assert final == pytest.approx([math.exp(3), 2, 1], rel=1e-4)
+    over = found.over_epochs().axes
+    line = over[1].lines[0].get_ydata()
     assert line[1] == pytest.approx(2 * line[0])
-    assert "1.00" in found.likeness().data
+    # The 28th has a stage of its own, and no identity.
+    assert over[0].get_ylabel() == "mean |scale|, layer 27"
+    alike = dict(re.findall(r"<td>([^<]+)</td><td>(-?\d\.\d\d)</td>", found.likeness().data))
+    assert alike["3 × 3"] == alike["1 × 1"] == "1.00"
 
 
 def test_layers_are_counted_in_the_order_of_the_network():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes a second to import
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -38,7 +38,7 @@ class Estimate:
         """
         if self.n < 2:
             return math.inf
-        quantiles = stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], self.n - 1).sum()
+        quantiles = stdtrit(self.n - 1, [(1 + CONFIDENCE) / 2, POWER]).sum()
         return float(quantiles * self.deviation / math.sqrt(self.n))
 
 
@@ -48,7 +48,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n < 2:
         return Estimate(mean, -math.inf, math.inf, n, math.nan, tuple(values))
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n, deviation, tuple(values))
 
 

@@ -376,6 +376,7 @@ def run_cell(
     *,
     device: str = "cpu",
     compile: str = "none",
+    flops: float | None = None,
     decoders: int | None = None,
     deadline: float | None = None,
     checkpoint_seconds: float = 15,
@@ -385,11 +386,14 @@ def run_cell(
     """Train one cell, or go on with it, and leave its evidence and weights in the store.
 
     tick: called after every epoch, and before all with the number of those that were done before.
-    compile: of replib.training.step.MODES; decoders: processes that read image files.
+    compile: of replib.training.step.MODES; flops: what `cost_of` says, where it has been asked.
+    decoders: processes that read image files.
     Raises: replib.training.loop.OutOfTime at the deadline, after a checkpoint.
     """
     cell, key = planned.cell, planned.key
     started = time.monotonic()
+    if flops is None:
+        flops = cost_of(planned, plan_cells) if compile == "auto" else 0
     data, splits = dataset(cell), split_of(cell)
     model = new_model(cell)
     if planned.start_path is not None:
@@ -422,7 +426,7 @@ def run_cell(
         compile=chosen(
             compile,
             device,
-            flops=cost_of(planned, plan_cells),
+            flops=flops,
             steps=planned.epochs * recipe.steps(len(splits.train)),
             changes=cell.dyrep is not None,
         ),

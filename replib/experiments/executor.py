@@ -167,18 +167,13 @@ def run_plan(
         options["checkpoint_seconds"] = checkpoint_seconds
         return one_by_one(plan, store, missing, title, options)
     most, costs = min(workers or cores(), len(missing)), {}
-    if most > 1:  # one alone takes them in the order of the table
-        costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
-        first = urgency(missing, costs)
-        missing = sorted(missing, key=lambda p: -first[p.key])
-    waiting = {planned.key: planned for planned in missing}
-    packed = device.startswith("cuda") and workers is None and most > 1
-    packing = Packing(most) if packed else None
     spawn = multiprocessing.get_context("spawn")
-    running: dict[Future, Planned] = {}
-    trained, stopped, begun = 0, 0, None
     ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
     pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1))
+    packed = device.startswith("cuda") and workers is None and most > 1
+    packing = Packing(most) if packed else None
+    running: dict[Future, Planned] = {}
+    trained, stopped, begun = 0, 0, None
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
         desc=f"{title} {len(missing)} cells".strip(),
@@ -189,6 +184,13 @@ def run_plan(
         ncols=88,
     )
     try:
+        if most > 1:  # one alone takes them in the order of the table
+            for _ in range(min(most, 2)):
+                pool.submit(int)  # processes import what they need while costs are counted
+            costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
+            first = urgency(missing, costs)
+            missing = sorted(missing, key=lambda p: -first[p.key])
+        waiting = {planned.key: planned for planned in missing}
         while waiting or running:
             # Every call starts something, so that even the shortest budget gets to the end.
             late = begun is not None and deadline is not None and time.monotonic() > deadline
@@ -205,6 +207,7 @@ def run_plan(
                 options = {
                     "device": device,
                     "compile": compile,
+                    "flops": costs.get(key),
                     "decoders": max(1, cores() // limit),
                     "deadline": deadline,
                     "checkpoint_seconds": checkpoint_seconds,

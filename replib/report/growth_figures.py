@@ -15,7 +15,6 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import spearmanr
 
 from replib.analysis.growth_scores import signed_sums
 from replib.analysis.layer_scores import SCORES
@@ -260,6 +259,8 @@ class Growth:
     def agreement(self) -> HTML:
         """How alike the scores rank the convolutions, and what the signed one is beside the
         absolute one; over all adjustments of all rows."""
+        from scipy.stats import spearmanr  # a second to import
+
         if not self.rows:
             return HTML(MISSING)
         pairs = list(combinations(("synflow", "snip", "grad_norm"), 2))

@@ -30,6 +30,11 @@ class Pruning:
         """The rows that are pruned in training, in the table's order."""
         return list(dict.fromkeys(row for row, _ in self.reports))
 
+    def looks(self, rows: list[str]) -> dict[str, dict]:
+        """row -> its colour and line, which are the same in all figures."""
+        every = looks(self.results.rows)
+        return {row: every[row] for row in rows}
+
     def seeds(self, row: str) -> list[int]:
         return [seed for other, seed in self.reports if other == row]
 
@@ -76,7 +81,7 @@ class Pruning:
         figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharex=True)
         for axis, (column, title) in zip(axes, shown.items(), strict=True):
             factor = 100 if column == "test_accuracy" else 1
-            for row, look in looks(rows).items():
+            for row, look in self.looks(rows).items():
                 values = factor * self.mean(row, column)
                 label = name(self.results, row) if len(values) else None
                 axis.plot(values.index, values, color=look["color"], lw=1.5, label=label)
@@ -121,7 +126,7 @@ class Pruning:
             return None
         style()
         figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
-        for row, look in looks(self.results.rows).items():
+        for row, look in self.looks(self.results.rows).items():
             accuracy = self.results.accuracy(row, self.results.fallback)
             share, colour = self.pruned_share(row), look["color"]
             if accuracy is not None and share is not None:
@@ -156,7 +161,7 @@ class Pruning:
             return None
         style()
         figure, axis = plt.subplots(figsize=(11, 3.6))
-        for row, look in looks(self.rows).items():
+        for row, look in self.looks(self.rows).items():
             for column, line in (("unmasked_flops", "--"), ("nonzero_flops", "-")):
                 values = 100 * self.mean(row, column)
                 label = name(self.results, row) if line == "-" else None

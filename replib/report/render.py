@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
 from replib.errors import UserError
+from replib.experiments.cells import Plan
+from replib.experiments.executor import run_plan
 from replib.experiments.params import load_table
-from replib.experiments.store import home
+from replib.experiments.store import Store, home
 from replib.report.catalogue import catalogue
 from replib.report.notebooks import GENERIC, changed, notebooks, title
-from replib.report.results import profile_path, profiles
+from replib.report.results import Results, profile_path, profiles
 from replib.report.standing import Standings, catalogue_counts
 from replib.training.checkpoint import write_bytes
 
@@ -53,18 +56,21 @@ def notebook_of(table: str) -> str:
     return table if (home() / "notebooks" / f"{table}.ipynb").is_file() else GENERIC
 
 
-def execute(name: str, parameters: dict, copy: str) -> Path:
+def execute(name: str, parameters: dict, copy: str, here: bool = False) -> Path:
     """Run a notebook with these parameters; returns the executed copy, named `copy`.
 
+    here: in this process, which is quicker, and dies with it (replib.report.in_process).
     Raises: UserError where a cell fails by a user's mistake; the copy is kept for reading.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    source = home() / "notebooks" / f"{name}.ipynb"
+    source, engine = home() / "notebooks" / f"{name}.ipynb", None  # None: a kernel
     if not source.is_file():
         raise UserError(f"{name} has no notebook ({source}).")
+    if here:
+        from replib.report.in_process import NAME as engine
     out = home() / "reports" / "runs" / "notebooks" / f"{copy}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ.copy()
@@ -75,6 +81,7 @@ def execute(name: str, parameters: dict, copy: str) -> Path:
             str(source),
             str(out),
             parameters=parameters,
+            engine_name=engine,
             kernel_name="python3",
             cwd=str(home()),
             progress_bar=False,
@@ -131,10 +138,13 @@ def shell(template: str, **values) -> str:
     return environment.get_template(template).render(**values)
 
 
-def reproduce(name: str, profile: str, settings: list[str]) -> Path:
-    """The page of a table's profile, or of a notebook that belongs to no table; and the index."""
+def reproduce(name: str, profile: str, settings: list[str], here: bool = False) -> Path:
+    """The page of a table's profile, or of a notebook that belongs to no table; and the index.
+
+    here: one of several that are rendered in this process, which writes the index itself.
+    """
     if name in notebooks():
-        return render_notebook(name, profile, settings)
+        return render_notebook(name, profile, settings, here)
     if name not in profiles():
         raise UserError(
             f"no table or notebook {name!r}; there are {', '.join([*profiles(), *notebooks()])}."
@@ -144,21 +154,42 @@ def reproduce(name: str, profile: str, settings: list[str]) -> Path:
     parameters, used = {"profile": profile, "settings": settings}, notebook_of(name)
     if used == GENERIC:
         parameters["table"] = name
-    notebook = execute(used, parameters, f"{name}-{profile}")
+    notebook = execute(used, parameters, f"{name}-{profile}", here)
     page = home() / "reports" / f"{name}-{profile}.html"
     to_html(notebook, page, loaded.title)
-    index()
+    if not here:
+        index()
     return page
 
 
-def render_notebook(name: str, profile: str, settings: list[str]) -> Path:
+def reproduce_all(names: list[str], profile: str, settings: list[str], **options) -> Iterator[Path]:
+    """The pages of several tables and notebooks, as they are made.
+
+    Their cells are trained first, those of all tables together (options of `run_plan`), so that no
+    processor waits for the last cell of a table, and a cell that two of them share is trained once.
+    """
+    tables = [name for name in names if name not in notebooks()]
+    plans = [Results(name, profile, settings).plan for name in tables]
+    plan = Plan(weights=set().union(*(one.weights for one in plans)))
+    for one in plans:
+        plan.cells.update(one.cells)
+    done = run_plan(plan, Store(), title=f"{len(tables)} tables:", **options)
+    if done.out_of_time:  # pages of what there is: no notebook goes on where this stopped
+        os.environ["REPLIB_TRAIN"] = "0"
+    for name in names:
+        yield reproduce(name, profile, settings, here=True)
+    index()
+
+
+def render_notebook(name: str, profile: str, settings: list[str], here: bool = False) -> Path:
     """Execute a notebook that stands for itself, and write its page, with its code."""
     if profile != "quick":  # what `make` hands over when nothing is said
         raise UserError(f"profile (={profile!r}): {name} has none; change a parameter by SET.")
-    notebook = execute(name, changed(name, settings), name)
+    notebook = execute(name, changed(name, settings), name, here)
     page = home() / "reports" / f"{name}.html"
     to_html(notebook, page, title(name), code="shown")
-    index()
+    if not here:
+        index()
     return page
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,28 +90,15 @@ class Results:
     def stale(self) -> list[Path]:
         """Published files of this table's cells that were made by an older version."""
         wanted = {
-            self.nameless(planned.cell): versions_of(planned.cell)
+            nameless(planned.cell): versions_of(planned.cell)
             for planned in self.plan.cells.values()
         }
         found = []
         for path in sorted(self.store.published.glob("*.json")):
-            evidence = read_evidence(path)
-            if evidence is None or evidence["result"]["key"] in self.plan.cells:
-                continue
-            result = evidence["result"]
-            try:
-                cell = Cell.model_validate(result["parameters"])
-            except (KeyError, ValidationError):  # of parameters that there are no more
-                continue
-            versions = wanted.get(self.nameless(cell))
-            if versions is not None and versions != result.get("versions"):
+            key, parameters, versions = about(path, path.stat().st_mtime_ns)
+            if key not in self.plan.cells and wanted.get(parameters, versions) != versions:
                 found.append(path)
         return found
-
-    @staticmethod
-    def nameless(cell: Cell) -> bytes:
-        """Parameters without the keys of parents, which change with any version."""
-        return canonical(cell.in_key | {"start": None, "teacher": None})
 
     @property
     def fallback(self) -> bool:
@@ -339,6 +326,24 @@ def papers_numbers(named: dict[str, Row] | dict[str, Counted]) -> dict[str, dict
         except UserError as error:
             raise UserError(f"row {name}: {error}") from None
     return found
+
+
+def nameless(cell: Cell) -> bytes:
+    """Parameters without the keys of parents, which change with any version."""
+    return canonical(cell.in_key | {"start": None, "teacher": None})
+
+
+@cache
+def about(path: Path, changed: int) -> tuple:
+    """(key, nameless parameters, versions) of an evidence file, read once for all the pages of a
+    process; of a damaged file, or one whose parameters there are no more, None."""
+    evidence = read_evidence(path)
+    try:
+        result = evidence["result"]
+        parameters = nameless(Cell.model_validate(result["parameters"]))
+        return result["key"], parameters, result.get("versions")
+    except (KeyError, TypeError, ValidationError):
+        return None, None, None
 
 
 def same(values: list) -> object:
