@@ -93,8 +93,9 @@ def test_zeroed_weights_are_so_many_and_there(place):
 
 
 def test_what_cannot_be_zeroed():
-    network = nn.Sequential(nn.Conv2d(4, 8, 3))
-    zeroed(network, "corners", 4 / 9, seeded())
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv1d(2, 2, 3))
+    found = zeroed(network, "corners", 4 / 9, seeded())
+    assert found[1].weight.count_nonzero() == 12, "a line has no corners"
     with pytest.raises(ValueError, match=r"share \(=0.5\) of 0 must be between 0 and 0.4444"):
         zeroed(network, "corners", 0.5, seeded())
     with pytest.raises(ValueError, match=r"place \(='edge'\) must be one of corners"):
