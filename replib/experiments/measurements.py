@@ -75,8 +75,8 @@ def weighed(plan: Plan, rows: list[str], store: Store) -> list[dict]:
 
 
 def write(path: Path, measurement: dict) -> None:
-    """Keep a measurement, as few bytes."""
-    text = json.dumps(measurement, sort_keys=True, separators=(",", ":"))
+    """Keep a measurement, in as few bytes; blocks and branches in their order."""
+    text = json.dumps(measurement, separators=(",", ":"))
     write_bytes(path, text.encode() + b"\n")
 
 
@@ -168,12 +168,13 @@ def similarities(model: nn.Module, cell: Cell, device: str) -> dict:
 
 
 def slopes(model: nn.Module, cell: Cell, device: str) -> dict:
-    """block -> branch -> |slope| of its last norm, in descending order."""
-    found = kernel_statistics.norm_slopes(model)
-    return {
-        block: {branch: values.sort(descending=True).values for branch, values in branches.items()}
-        for block, branches in found.items()
-    }
+    """block -> {"stride", "slopes": branch -> |slope| of its last norm, in descending order}."""
+    found = {}
+    for name, branches in kernel_statistics.norm_slopes(model).items():
+        stride = max(model.get_submodule(name).geometry.stride)
+        ordered = {b: values.sort(descending=True).values for b, values in branches.items()}
+        found[name] = {"stride": stride, "slopes": ordered}
+    return found
 
 
 def magnitudes(model: nn.Module, cell: Cell, device: str) -> dict:

@@ -17,9 +17,9 @@ from replib.analysis.similarity import MEASURES
 from replib.analysis.statistics import estimate
 from replib.experiments import measurements
 from replib.report.cycle_figures import finished, looks
-from replib.report.figures import style
+from replib.report.figures import name, style
 from replib.report.layer_figures import SPREAD, short, spread
-from replib.report.page import escape, relative, table_html
+from replib.report.page import NONE, escape, relative, table_html
 from replib.report.results import Results
 
 WIDEST = 8  # heat maps in a line
@@ -67,11 +67,6 @@ def image(said: str, figure: Figure) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{escape(said)}">'
 
 
-def label(results: Results, row: str) -> str:
-    """The row's label as it stands in a figure, in which a dollar sign starts no formula."""
-    return results.table.rows[row].label.replace("$", r"\$")
-
-
 def bold(results: Results, row: str) -> str:
     """The row's label as it stands in a table."""
     return f"<b>{escape(results.table.rows[row].label)}</b>"
@@ -104,7 +99,7 @@ def provenance(results: Results) -> str:
     published = measurements.read(paths[0]) != measurement
     whose = "Published measurement" if published else "Measured on this machine"
     settings = {k: v for k, v in measurement["settings"].items() if k not in ("of", "version")}
-    said = "".join(f"; {escape(name)}: {escape(value)}" for name, value in settings.items())
+    said = "".join(f"; {escape(key)}: {escape(value)}" for key, value in settings.items())
     evidence = store.published_path if published else store.own_path
     lines = [
         [
@@ -167,7 +162,7 @@ def draw_similarity(results: Results, found: dict[str, list]) -> Shown:
     for measure, axis in zip(MEASURES, axes, strict=True):
         for row, look in looks(list(found)).items():
             values = off_diagonal(found[row], measure)
-            line(axis, range(len(values[0])), values, label=label(results, row), **look)
+            line(axis, range(len(values[0])), values, label=name(results, row), **look)
         axis.set_title(MEASURED[measure] + ", mean over pairs", fontsize="medium", loc="left")
         axis.set_ylim(0, 1)
     blocks_of(axes[-1], list(next(iter(found.values()))[0]))
@@ -200,7 +195,7 @@ def heat_maps(results: Results, found: dict[str, list], measure: str) -> Figure:
                 axis.set_xticks([])
                 axis.set_yticks(range(len(branches)), branches if k == 0 else [], fontsize=6)
         axes[i * len(chunks), 0].text(
-            0, 1.35, label(results, row), transform=axes[i * len(chunks), 0].transAxes, fontsize=9
+            0, 1.35, name(results, row), transform=axes[i * len(chunks), 0].transAxes, fontsize=9
         )
     figure.subplots_adjust(hspace=0.65, wspace=0.12)
     figure.colorbar(picture, ax=axes, label=f"|{MEASURED[measure]}|", shrink=0.7)
@@ -210,52 +205,53 @@ def heat_maps(results: Results, found: dict[str, list], measure: str) -> Figure:
 
 # -- slopes of norms -------------------------------------------------------------------------------
 def draw_norm_slopes(results: Results, found: dict[str, list]) -> Shown:
+    lines = []
     for row, seeds in found.items():
         blocks = list(seeds[0])
-        branches = list(dict.fromkeys(name for block in blocks for name in seeds[0][block]))
-        at = examples(blocks)
+        strides = [seeds[0][block]["stride"] for block in blocks]
+        branches = list(dict.fromkeys(one for b in blocks for one in seeds[0][b]["slopes"]))
+        at = examples(strides)
         figure, axes = plt.subplots(
             1, 1 + len(at), figsize=(12, 3.8), width_ratios=[2] + [1] * len(at)
         )
         for branch, look in looks(branches).items():
-            there = [i for i, block in enumerate(blocks) if branch in seeds[0][block]]
-            values = [[np.mean(one[blocks[i]][branch]) for i in there] for one in seeds]
-            line(axes[0], there, values, label=branch, **look)
+            there = [i for i, block in enumerate(blocks) if branch in seeds[0][block]["slopes"]]
+            curves = [[one[blocks[i]]["slopes"][branch] for i in there] for one in seeds]
+            means = [[np.mean(values) for values in one] for one in curves]
+            line(axes[0], there, means, label=branch, **look)
             for axis, index in zip(axes[1:], at, strict=True):
-                if branch in seeds[0][blocks[index]]:
-                    curves = [one[blocks[index]][branch] for one in seeds]
-                    look_of = {"color": look["color"]}
-                    line(axis, range(1, len(curves[0]) + 1), curves, **look_of)
+                if index in there:
+                    of_block = [one[there.index(index)] for one in curves]
+                    line(axis, range(1, len(of_block[0]) + 1), of_block, color=look["color"])
+            cells = [means_where(means, [strides[i] > 1 for i in there], kept) for kept in (0, 1)]
+            lines.append([bold(results, row), escape(branch), *cells])
         blocks_of(axes[0], blocks)
         axes[0].set_ylabel("mean |slope| of the last norm")
         axes[0].legend(frameon=False, fontsize="small")
         for axis, index in zip(axes[1:], at, strict=True):
-            axis.set_title(f"{short(blocks[index])}, sorted", fontsize="medium", loc="left")
+            title = f"{short(blocks[index])}, stride {strides[index]}"
+            axis.set_title(title, fontsize="medium", loc="left")
             axis.set_xlabel("channel, by |slope|")
             axis.set_ylim(0, None)
-        figure.suptitle(label(results, row), fontsize="medium")
-        yield (
-            "Mean slopes of the norms by block and branch; sorted slopes of two blocks.",
-            (finished(figure)),
-        )
-    header = ["", "branch", "mean |slope| over blocks", "largest block mean, in"]
-    lines = []
-    for row, seeds in found.items():
-        for branch in dict.fromkeys(name for block in seeds[0].values() for name in block):
-            means = [
-                {block: np.mean(b[branch]) for block, b in one.items() if branch in b}
-                for one in seeds
-            ]
-            over = {block: np.mean([one[block] for one in means]) for block in means[0]}
-            values = [float(np.mean(list(one.values()))) for one in means]
-            best = escape(short(max(over, key=over.get)))
-            lines.append([bold(results, row), escape(branch), spread(estimate(values)), best])
+        figure.suptitle(name(results, row), fontsize="medium")
+        said = "Mean slopes of the norms by block and branch; sorted slopes of two blocks."
+        yield said, finished(figure)
+    header = ["", "branch", "mean |slope|, blocks of stride 1", "blocks of larger stride"]
     yield table_html(header, lines, "numbers") + SPREAD
 
 
-def examples(blocks: list[str]) -> list[int]:
-    """The 9th and 10th block, as the paper draws of ResNet-18; of fewer, the two in the middle."""
-    return [8, 9] if len(blocks) >= 10 else sorted({len(blocks) // 2 - 1, len(blocks) // 2} - {-1})
+def means_where(means: list[list[float]], strided: list[bool], wanted: bool) -> str:
+    """The mean over the blocks of a kind, by seed, as a cell of a table; a dash for none."""
+    picked = [[m for m, s in zip(one, strided, strict=True) if s == wanted] for one in means]
+    return spread(estimate([float(np.mean(one)) for one in picked])) if picked[0] else NONE
+
+
+def examples(strides: list[int]) -> list[int]:
+    """The middle one of the blocks of larger stride, and the block after it, as in the paper's
+    figure (the 9th and the 10th of ResNet-18); without any, the block in the middle."""
+    large = [i for i, stride in enumerate(strides) if stride > 1] or [len(strides) // 2]
+    first = large[len(large) // 2]
+    return [i for i in (first, first + 1) if i < len(strides)]
 
 
 # -- positions of a kernel -------------------------------------------------------------------------
@@ -270,7 +266,7 @@ def draw_magnitudes(results: Results, found: dict[str, list]) -> Shown:
             colour = "black" if mean[h, w] > 0.6 else "white"
             axis.text(w, h, f"{mean[h, w]:.3f}", ha="center", va="center", color=colour)
         axis.set_axis_off()
-        axis.set_title(label(results, row), fontsize="medium")
+        axis.set_title(name(results, row), fontsize="medium")
         corners = grids[:, ::2, ::2].mean(axis=(1, 2))
         skeleton = (grids.sum(axis=(1, 2)) - 4 * corners) / 5
         values = grids[:, 1, 1], skeleton, corners, skeleton / corners
@@ -295,7 +291,7 @@ def draw_sparsity(results: Results, found: dict[str, list]) -> Shown:
             values = 100 * np.array([[np.mean(a) for a in one[place].values()] for one in seeds])
             line(axis, shares, values, label=place, **look)
             cells.append(spread(estimate((values[:, 0] - values[:, -1]).tolist())))
-        axis.set_title(label(results, row), fontsize="medium", loc="left")
+        axis.set_title(name(results, row), fontsize="medium", loc="left")
         axis.set_xlabel("weights set to zero, %")
         lines.append([bold(results, row), spread(estimate(values[:, 0].tolist())), *cells])
     axes[0, 0].set_ylabel("test accuracy, %")
@@ -330,7 +326,7 @@ def draw_conversion(results: Results, found: dict[str, list]) -> Shown:
                     density = counts / counts.sum() / np.diff(edges)
                     axis.stairs(density, edges, color=look["color"], label=STEPS[step])
             axis.set_yscale("log")
-            axis.set_title(f"{label(results, row)}: {part}", fontsize="small", loc="left")
+            axis.set_title(f"{name(results, row)}: {part}", fontsize="small", loc="left")
         line_of[0].set_ylabel("density")
         for step in STEPS:
             spreads = [one["blocks"][example["block"]].get(step) for one in seeds]
@@ -350,7 +346,7 @@ def draw_conversion(results: Results, found: dict[str, list]) -> Shown:
             [steps["deployed"]["centre"] / steps["deployed"]["surrounding"] for steps in blocks]
             for blocks in (list(one["blocks"].values()) for one in found[row])
         ]
-        line(axis, range(len(ratios[0])), ratios, label=label(results, row), **look)
+        line(axis, range(len(ratios[0])), ratios, label=name(results, row), **look)
     blocks_of(axis, list(found[row][0]["blocks"]))
     axis.axhline(1, color="#c4cad0", lw=1, zorder=0)
     axis.set_ylabel("deviation in the centre,\nover that around it")
