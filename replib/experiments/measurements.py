@@ -168,9 +168,12 @@ def similarities(model: nn.Module, cell: Cell, device: str) -> dict:
 
 
 def slopes(model: nn.Module, cell: Cell, device: str) -> dict:
-    """block -> {"stride", "slopes": branch -> |slope| of its last norm, in descending order}."""
+    """block -> {"stride", "slopes": branch -> |slope| of its last norm, in descending order}; of
+    blocks that have two branches or more."""
     found = {}
     for name, branches in kernel_statistics.norm_slopes(model).items():
+        if len(branches) < 2:
+            continue
         stride = max(model.get_submodule(name).geometry.stride)
         ordered = {b: values.sort(descending=True).values for b, values in branches.items()}
         found[name] = {"stride": stride, "slopes": ordered}

@@ -81,6 +81,11 @@ def line(axis: plt.Axes, at: object, values: list[list[float]], **look) -> None:
     )
 
 
+def brief(block: str) -> str:
+    """stage3.0.residual.conv1 -> 3.0.conv1"""
+    return short(block).replace(".residual", "").removeprefix("stage")
+
+
 def beside(axis: plt.Axes) -> None:
     """A legend to the right of a panel."""
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -88,7 +93,7 @@ def beside(axis: plt.Axes) -> None:
 
 def blocks_of(axis: plt.Axes, blocks: list[str]) -> None:
     """Names of blocks under a panel."""
-    axis.set_xticks(range(len(blocks)), [short(block) for block in blocks], rotation=90)
+    axis.set_xticks(range(len(blocks)), [brief(block) for block in blocks], rotation=90)
     axis.set_xlabel("block, from the image to the classifier")
 
 
@@ -190,7 +195,7 @@ def heat_maps(results: Results, found: dict[str, list], measure: str) -> Figure:
                 drawn = mean_of(matrices(seeds, block, measure), axis=0)
                 picture = axis.imshow(drawn, cmap="viridis", vmin=0, vmax=1)
                 axis.set_axis_on()
-                axis.set_title(short(block), fontsize=7)
+                axis.set_title(brief(block), fontsize=7)
                 branches = seeds[0][block]["branches"]
                 axis.set_xticks([])
                 axis.set_yticks(range(len(branches)), branches if k == 0 else [], fontsize=6)
@@ -222,14 +227,15 @@ def draw_norm_slopes(results: Results, found: dict[str, list]) -> Shown:
             for axis, index in zip(axes[1:], at, strict=True):
                 if index in there:
                     of_block = [one[there.index(index)] for one in curves]
-                    line(axis, range(1, len(of_block[0]) + 1), of_block, color=look["color"])
+                    at_channels = range(1, len(of_block[0]) + 1)
+                    line(axis, at_channels, of_block, color=look["color"], label=branch)
             cells = [means_where(means, [strides[i] > 1 for i in there], kept) for kept in (0, 1)]
             lines.append([bold(results, row), escape(branch), *cells])
         blocks_of(axes[0], blocks)
         axes[0].set_ylabel("mean |slope| of the last norm")
-        axes[0].legend(frameon=False, fontsize="small")
+        beside(axes[-1])
         for axis, index in zip(axes[1:], at, strict=True):
-            title = f"{short(blocks[index])}, stride {strides[index]}"
+            title = f"{brief(blocks[index])}, stride {strides[index]}"
             axis.set_title(title, fontsize="medium", loc="left")
             axis.set_xlabel("channel, by |slope|")
             axis.set_ylim(0, None)
@@ -336,7 +342,7 @@ def draw_conversion(results: Results, found: dict[str, list]) -> Shown:
     for axis in axes[-1]:
         axis.set_xlabel("weight")
     beside(axes[0, -1])
-    block = escape(short(example["block"]))
+    block = escape(brief(example["block"]))
     header = ["", "kernel", *(f"deviation, {part}" for part in PARTS)]
     yield f"<p>The kernel of block {block}.</p>" + table_html(header, lines, "numbers") + SPREAD
     yield "Histograms of one kernel: all weights, the central ones, those around.", finished(figure)
