@@ -186,6 +186,8 @@ def run(arguments: argparse.Namespace) -> None:
         compile=arguments.compile or "auto",
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
+    if results.measure(arguments.device) is not None:
+        print("The trained networks are measured.")
     if arguments.out:
         write_bundle(arguments.out, list(results.own.values()), compact)
         print(f"{len(results.own)} evidence files in {arguments.out}")
@@ -227,13 +229,13 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    from replib.experiments import layers
+    from replib.experiments import measurements
     from replib.report.results import Results
 
     results = Results(arguments.table, arguments.profile, arguments.set)
     for key in results.own:
         results.store.publish(key)
-    if measured := layers.publish(results.store, arguments.table, arguments.profile):
+    if measured := measurements.publish(results.store, arguments.table, arguments.profile):
         print(measured)
     missing = len(results.plan.cells) - len(results.own)
     left = f"; {missing} cells have none on this machine" if missing else ""

@@ -614,11 +614,15 @@ class Sum(Piece):
             return kernels.convolve(x, kernel, padding, stride)
 
         def out(branch: Piece) -> Tensor:
-            axes = zip(padding, self.extent, branch.extent, strict=True)
-            return branch.run(x, tuple(p - (big - e) // 2 for p, big, e in axes), stride)
+            return branch.run(x, self.aligned(branch, padding), stride)
 
         main, sides = out(self.main_branch), self.side_branches.values()
         return self.weighted(main, reduce(add, map(out, sides))) if sides else main
+
+    def aligned(self, branch: Piece, padding: Sizes) -> Sizes:
+        """The padding with which a branch lies on the centre of the sum; see the class."""
+        axes = zip(padding, self.extent, branch.extent, strict=True)
+        return tuple(p - (big - e) // 2 for p, big, e in axes)
 
     def kernel(self, dtype: torch.dtype = torch.float64) -> Kernel:
         return self.branches_kernel(dtype)

@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch import nn
 
 from replib.__main__ import main
-from replib.benchmark import agreement, loops, running, steps, subjects, timing
+from replib.benchmark import agreement, loops, running, shapes, steps, subjects, timing
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES, Case
 from replib.benchmark.setting import TIERS, Setting, Subject, images
@@ -551,3 +551,49 @@ def test_one_relu_on_the_other_side_is_no_disagreement(error, equal):
     found = agreement.agreement({"outputs": 1e-7, "gradients": error}, own, 2**-23)
     assert found["equal"] == equal
     assert not agreement.agreement({"outputs": error, "gradients": 0.0}, own, 2**-23)["equal"]
+
+
+# -- RepVGG's own measurements --------------------------------------------------------------------
+def test_a_shortcut_keeps_one_map_more():
+    """By hand: a layer has its input and its output; a shortcut keeps what is added later."""
+    numbers = shapes.shortcut(QUICK)["numbers"]
+    found = {name: line["median"] for name, line in numbers.items()}
+    assert found == {
+        "plain: maps at once, between layers": 1,
+        "plain: maps at once, within a layer": 2,
+        "residual: maps at once, between layers": 2,
+        "residual: maps at once, within a layer": 3,
+    }
+
+
+def test_what_is_still_used_is_counted_and_what_is_not_is_not():
+    with shapes.Watched() as watched:
+        kept = torch.ones(10)
+        view = kept.view(5, 2)
+        del kept  # the view still holds it
+        torch.ones(1000)
+        more = torch.ones(20)
+    assert watched.between == 4 * 10 and watched.within == 4 * 1010
+    assert watched.there() == 4 * 30 and view.numel() + more.numel() == 30
+
+
+def test_kernel_sizes_do_the_operations_that_torch_counts(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(timing, "SHORT", -1.0)  # no more rounds than asked for
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+    shape = images, channels, side = 2, 3, 7
+    for size in shapes.SIZES:
+        conv = nn.Conv2d(channels, channels, size, padding=size // 2)
+        with FlopCounterMode(display=False) as counter:
+            conv(torch.zeros(images, channels, side, side))
+        assert shapes.operations(shape, size) == counter.get_total_flops()
+    found = shapes.kernel_sizes(QUICK)
+    gflop = {way["way"]: way["gflop"] for way in found["ways"]}
+    assert [gflop[f"{k} × {k}"] / gflop["1 × 1"] for k in shapes.SIZES] == pytest.approx(
+        [1, 9, 25, 49], rel=1e-3
+    )
+    assert [(r["of"], r["over"]) for r in found["ratios"]] == [
+        (f"{k} × {k}", "1 × 1") for k in shapes.SIZES[1:]
+    ]
+    assert len(found["numbers"]) == len(shapes.SIZES)

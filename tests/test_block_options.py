@@ -16,6 +16,7 @@ from replib.experiments.params import Cell, built, load_table
 from replib.models import build
 from replib.models.layers import Family
 from replib.models.resnet import of_size
+from replib.networks import branch_by_branch
 
 torch.set_num_threads(1)
 CELL = dict(data="digits", train_images=60, held_out=20, body="resnet18", block="dbb", width=0.125,
@@ -132,6 +133,22 @@ def test_acnet_kernels_of_three_pixels_lie_on_the_centre_of_a_larger_one():
         BLOCKS["acb"](2, 3, reach=2)
 
 
+@torch.no_grad()
+def test_acnet_kernels_on_the_border_lie_in_the_last_row_and_column():
+    block = scrambled(BLOCKS["acb"](3, 4, 3, stride=2, border=True).double().eval())
+    for axis, place in (("axis0", (slice(None), 2)), ("axis1", (2, slice(None)))):
+        branch, inside = block.branches[axis], torch.zeros(3, 3, dtype=torch.bool)
+        inside[place] = True
+        weight = block.in_own_form(branch.kernel()).weight
+        line = branch[0].weight.flatten(2) * branch[2].affine()[0].view(-1, 1, 1)
+        torch.testing.assert_close(weight[..., inside], line, rtol=0, atol=1e-12)
+        assert weight[..., ~inside].abs().max() == 0
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    shared = block.train()(x)
+    branch_by_branch(block)
+    close(shared, block(x))
+
+
 def test_acnet_slopes_start_where_they_are_told_and_come_back_there():
     block = BLOCKS["acb"](4, 4, slope=0.333)
     slopes = [branch[1].norm.weight for branch in block.branches.values()]
@@ -150,6 +167,7 @@ VARIANTS = {
     "one norm behind the sum": ("repvgg", {"norms": "sum"}),
     "trivial": ("repvgg", {"norms": "sum", "without": ["1x1"]}),
     "short kernels": ("acb", {"reach": 1, "slope": 0.3}),
+    "border kernels": ("acb", {"border": True}),
     "bare": ("convbn", {"norms": "none"}),
     "drawn": ("convbn", {"drawn_as": "acb"}),
 }

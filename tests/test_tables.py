@@ -79,6 +79,13 @@ def keys(table, profile, row):
         (("repopt-table4", "quick", "repopt"), ("repopt-table5", "quick", "here_from_here")),
         (("repopt-table4", "quick", "search"), ("repopt-fig7", "quick", "search")),
         (("acnet-cifar", "quick", "vgg16_base"), ("dbb-table2", "quick", "vgg16_base")),
+        (("orepa-fig7", "quick", "norms"), ("orepa-table3", "quick", "norms")),
+        (("orepa-fig7", "quick", "channel"), ("orepa-table3", "quick", "channel")),
+        (("orepa-fig7", "quick", "none"), ("orepa-table3", "quick", "none")),
+        (("dbb-fig5", "quick", "dbb"), ("dbb-table2", "quick", "resnet18_dbb")),
+        (("acnet-fig5", "quick", "acnet"), ("acnet-cifar", "bodies", "resnet56_acnet")),
+        (("acnet-fig6", "quick", "border"), ("acnet-fig5", "quick", "border")),
+        (("repopt-table11", "quick", "repopt"), ("repopt-table4", "quick", "repopt")),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from replib.benchmark import forms, limits, loops, packing, steps
+from replib.benchmark import forms, limits, loops, packing, shapes, steps
 from replib.benchmark.setting import Setting, Subject, Tier
 from replib.benchmark.subjects import (
     BRANCHES,
@@ -359,6 +359,18 @@ CASES: dict[str, Case] = {
             f"{A1}: the share of the memory bandwidth and of the arithmetic rate",
             share_small,
             seconds(3, 20, 15),
+        ),
+        Case(
+            "shape/kernel-size",
+            "One convolution by the size of its kernel (RepVGG, table 1)",
+            shapes.kernel_sizes,
+            seconds(1, 10, 40),
+        ),
+        Case(
+            "shape/shortcut",
+            "Maps in memory at once, with shortcuts and without (RepVGG, figure 3)",
+            shapes.shortcut,
+            seconds(1, 2, 3),
         ),
         Case("cycle", f"Merge, restore, verify {A1}, in training steps", cycle, seconds(3, 20, 15)),
         Case(

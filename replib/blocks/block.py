@@ -217,12 +217,27 @@ class RepBlock(Sum):
 
     # -- what every block does ------------------------------------------------------------------
     def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of nn.Conv2d
-        g, x = self.geometry, input
+        return self.run(*self.padded(input), self.geometry.stride)
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Sizes]:
+        """x, and the zeros that are still to be put around it; other modes of padding are done."""
+        g = self.geometry
         if self.padding_mode == "zeros":
-            return self.run(x, g.padding, g.stride)
+            return x, g.padding
         # Every branch is aligned in the same padded input, so other modes need no more than this.
         amounts = [amount for p in reversed(g.padding) for amount in (p, p)]
-        return self.run(F.pad(x, amounts, self.padding_mode), (0,) * g.dims, g.stride)
+        return F.pad(x, amounts, self.padding_mode), (0,) * g.dims
+
+    def branch_outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """What every branch makes of an input of the block: name -> (N, out_channels, *space').
+
+        Without the rate, and before a norm that follows the sum.
+        """
+        (x, padding), stride = self.padded(x), self.geometry.stride
+        return {
+            name: branch.run(x, self.aligned(branch, padding), stride)
+            for name, branch in self.branches.items()
+        }
 
     def run(self, x: Tensor, padding: Sizes, stride: Sizes) -> Tensor:
         if self.shared and self.training and sharing.applies(self, x):

@@ -1,10 +1,7 @@
 """Scores of the layers of trained cells: a measurement that names the evidence it belongs to.
 
-    reports/runs/measurements/ID-PROFILE.json   of this machine's weights
-    reports/measurements/ID-PROFILE.json        published
-
-A network's accuracy is in its cell's evidence; what its weights say further is measured here, and
-counts only beside the evidence whose key and hash the measurement carries.
+As those of replib.experiments.measurements, which says where the files are; this one has a list
+of scores for all cells, and a notebook of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from torch import Tensor
 from replib import machine
 from replib.analysis import layer_scores
 from replib.experiments.cells import Cell, Plan, columns, dataset, split_of, trained_model
+from replib.experiments.measurements import cells_of, path_of, weighed, write
 from replib.experiments.store import Store, home
 from replib.training import loader
-from replib.training.checkpoint import write_bytes
 from replib.training.evaluation import Normalise
 
 IMAGES = 2000  # of a cell's own training images, at most
@@ -34,29 +31,12 @@ SETTINGS = {
 }
 
 
-def path_of(store: Store, table: str, profile: str, published: bool = False) -> Path:
-    """The file of a profile's measurement."""
-    folder = store.published.parent if published else store.runs
-    return folder / "measurements" / f"{table}-{profile}.json"
-
-
-def cells_of(plan: Plan, rows: list[str], store: Store, published: bool = False) -> list[dict]:
-    """{row, seed, key, result_sha256} of the rows' cells that have evidence."""
-    found = []
-    for (row, seed), key in plan.by_row.items():
-        evidence = store.read(key, published) if row in rows else None
-        if evidence is not None:
-            cell = {"row": row, "seed": seed, "key": key}
-            found.append(cell | {"result_sha256": evidence["result_sha256"]})
-    return found
-
-
 def measure(plan: Plan, rows: list[str], store: Store, device: str = "cpu") -> dict:
     """{"context", "settings", "cells", "scores"}: plain data, of every cell whose weights are here.
 
     scores: a list per column: row, seed, and those of a record of `layer_scores`.
     """
-    cells = [c for c in cells_of(plan, rows, store) if store.has_weights(c["key"])]
+    cells = weighed(plan, rows, store)
     scores = []
     for measured in cells:
         planned = plan.cells[measured["key"]]
@@ -88,25 +68,14 @@ def own(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> 
     None where there are none.
     """
     path = path_of(store, table, profile)
-    cells = [c for c in cells_of(plan, rows, store) if store.has_weights(c["key"])]
+    cells = weighed(plan, rows, store)
     if not cells:
         return None
     known = read(path)
     if known is None or (known["cells"], known["settings"]) != (cells, SETTINGS):
-        text = json.dumps(measure(plan, rows, store), sort_keys=True, separators=(",", ":"))
-        write_bytes(path, text.encode() + b"\n")
+        write(path, measure(plan, rows, store))
         known = read(path)
     return known
-
-
-def publish(store: Store, table: str, profile: str) -> Path | None:
-    """Copy this machine's measurement, if there is one, to the published ones."""
-    path = path_of(store, table, profile)
-    if not path.is_file():
-        return None
-    out = path_of(store, table, profile, published=True)
-    write_bytes(out, path.read_bytes())
-    return out
 
 
 def published(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> dict | None:

@@ -571,6 +571,10 @@ class Counted(Strict):
         return network_of(self.body, self.block, 1.0, self.block_options, (), self.body_options)
 
 
+# How trained networks can be measured (replib.experiments.measurements): no part of any cell.
+MEASURES = ("similarity", "norm_slopes", "magnitudes", "sparsity", "conversion")
+
+
 class Table(Strict):
     """One table of one profile."""
 
@@ -588,6 +592,7 @@ class Table(Strict):
     recipes: dict[str, dict[str, Any]] = {}
     rows: Annotated[dict[str, Row], Field(min_length=1)]
     networks: dict[str, Counted] = {}  # the paper's own, counted beside the rows that are trained
+    measure: Literal[MEASURES] | None = None  # what the rows' weights are asked once they are there
 
     @model_validator(mode="after")
     def names_exist(self):

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from replib.analysis.statistics import Estimate, estimate, paired_gain, statement, verdict
 from replib.errors import UserError
+from replib.experiments import measurements
 from replib.experiments.cells import Plan, plan, versions_of
-from replib.experiments.executor import Outcome, run_plan
+from replib.experiments.executor import Outcome, device_here, run_plan
 from replib.experiments.params import Cell, Counted, Row, Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
 from replib.report.catalogue import numbers
@@ -68,9 +69,21 @@ class Results:
     def train(self, **options) -> Outcome:
         """Train the cells that are missing on this machine (options of `run_plan`)."""
         outcome = run_plan(self.plan, self.store, title=f"{self.id} {self.profile}:", **options)
-        for name in ("own", "published"):
+        for name in ("own", "published", "measurement"):
             self.__dict__.pop(name, None)
         return outcome
+
+    def measure(self, device: str | None = None) -> dict | None:
+        """What this table asks of its trained networks, of the weights on this machine; made where
+        it is missing. None for a table that asks nothing, and without weights."""
+        where = self.id, self.profile, self.table, self.plan, self.store
+        return measurements.own(*where, device_here(device))
+
+    @cached_property
+    def measurement(self) -> dict | None:
+        """The same, else what is published of it."""
+        where = self.id, self.profile, self.table, self.plan, self.store
+        return self.measure() or measurements.published(*where)
 
     @cached_property
     def own(self) -> dict[str, dict]:

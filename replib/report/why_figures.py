@@ -9,6 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from replib.analysis import toy_blocks
 from replib.analysis.annealing import History
 from replib.analysis.scale_invariance import against_theory
 from replib.report.figures import INK, MUTED, style
@@ -42,6 +43,29 @@ def equilibrium(histories: dict[tuple[float, float], History]) -> Figure:
     axes[1, 0].set_ylabel("angle per step, radians")
     axes[1, 0].set_ylim(0, None)
     axes[0, 0].legend(frameon=False, fontsize="small")
+    return finished(figure)
+
+
+def toy_branches(paths: dict[str, toy_blocks.Path]) -> Figure:
+    """Three toy blocks: how far each is from the first one, how their branches' gradients differ,
+    how alike the branches are; over steps. The first one has a single kernel."""
+    style()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    first = next(iter(paths.values()))
+    for i, (name, path) in enumerate(paths.items()):
+        parts = toy_blocks.distances(first, path), path.gradients_apart, path.kernels_alike
+        for axis, values in zip(axes, parts, strict=True):
+            if path is not first:
+                values = np.maximum(values, 1e-17) if axis is not axes[2] else values
+                axis.plot(values, color=f"C{i}", ls=("-", "-", "--")[i % 3], label=name)
+    axes[0].set_ylabel("|merged kernel - single's| / its way")
+    axes[1].set_ylabel("gradients: |a - b| / (|a| + |b|)")
+    axes[2].set_ylabel("cosine of two branches' kernels")
+    for axis in axes:
+        axis.set_xlabel("step")
+    for axis in axes[:2]:
+        axis.set_yscale("log")
+    axes[0].legend(frameon=False, fontsize="small")
     return finished(figure)
 
 

@@ -1,0 +1,148 @@
+"""What is measured of trained cells: tied to their evidence, shown without weights."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from replib.__main__ import main
+from replib.analysis.kernel_statistics import norm_slopes
+from replib.experiments import measurements
+from replib.experiments.cells import trained_model
+from replib.experiments.params import MEASURES
+from replib.report import measured_figures
+from replib.report.results import Results
+
+SLOW = {kind: pytest.mark.slow for kind in ("similarity", "sparsity", "conversion")}
+ROWS = ["base", "control", "official", "preserving", "distilled"]
+
+
+@pytest.fixture(scope="module")
+def home(shared_project):
+    """The cells of `tiny9`, in a table for every kind of measurement."""
+    for kind in MEASURES:
+        shared_project.table(f"{kind}9", TINY.replace("proxy:", f"measure: {kind}\nproxy:"))
+    return shared_project
+
+
+@pytest.fixture
+def at(home, monkeypatch):
+    """Of a kind of measurement: its table, none of whose files are there."""
+    monkeypatch.setenv("REPLIB_HOME", str(home.folder))
+
+    def open(kind: str) -> Results:
+        results = Results(f"{kind}9", "tiny")
+        for published in (False, True):
+            path = measurements.path_of(results.store, f"{kind}9", "tiny", published)
+            path.unlink(missing_ok=True)
+        return results
+
+    return open
+
+
+def test_there_is_a_figure_and_a_measurement_of_every_kind():
+    assert set(MEASURES) == set(measurements.KINDS) == set(measured_figures.DRAWN)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW.get(k, ())) for k in MEASURES])
+def test_a_page_is_the_same_from_a_published_file(kind, at, monkeypatch, capsys):
+    monkeypatch.setattr(measurements, "SHARES", (0.0, 0.4))
+    monkeypatch.setattr(measurements, "DRAWS", 2)
+    results = at(kind)
+    page = measured_figures.shown(results).data
+    assert page.count("<img") == page.count('alt="') >= 1
+    assert "nan" not in re.sub('base64,[^"]*', "", page).lower()
+    for row in ROWS:
+        assert results.table.rows[row].label in page
+    assert "Measured on this machine" in page
+    assert main(["publish", f"{kind}9", "--profile", "tiny"]) == 0
+    assert f"measurements/{kind}9-tiny.json" in capsys.readouterr().out
+    monkeypatch.setattr(type(results.store), "has_weights", lambda self, key: False)
+    own = measurements.path_of(results.store, f"{kind}9", "tiny")
+    own.unlink()
+    again = measured_figures.shown(Results(f"{kind}9", "tiny")).data
+    assert "Published measurement" in again and not own.exists()
+    tables = re.compile(r"<td>.*?</td>")
+    numbers = [re.sub("href=.*?>", "", cell) for cell in tables.findall(page)]
+    assert numbers == [re.sub("href=.*?>", "", cell) for cell in tables.findall(again)]
+
+
+def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch):
+    results, asked = at("norm_slopes"), []
+    kind = measurements.KINDS["norm_slopes"]
+
+    def measure(*what):
+        asked.append(what)
+        return kind.measure(*what)
+
+    counted = measurements.Kind(measure, kind.version, kind.of)
+    monkeypatch.setitem(measurements.KINDS, "norm_slopes", counted)
+    first = results.measure("cpu")
+    assert [cell["row"] for cell in first["cells"]] == ROWS, "the teacher is hidden"
+    for cell, found in zip(first["cells"], first["found"], strict=True):
+        evidence = results.store.read(cell["key"])
+        assert evidence["result_sha256"] == cell["result_sha256"]
+        model = trained_model(results.plan.cells[cell["key"]], results.store)
+        for block, branches in norm_slopes(model).items():
+            for branch, values in branches.items():
+                expected = sorted(values.tolist(), reverse=True)
+                assert found[block]["slopes"][branch] == pytest.approx(expected, rel=1e-5)
+    made = len(asked)
+    assert results.measure("cpu") == first and len(asked) == made == len(ROWS)
+    path = measurements.path_of(results.store, "norm_slopes9", "tiny")
+    other = json.loads(path.read_text())
+    other["cells"][0]["result_sha256"] = "of other weights"
+    path.write_text(json.dumps(other))
+    again = [results.measure("cpu")]
+    path.write_text("{}")
+    again.append(results.measure("cpu"))
+    assert len(asked) == 3 * made
+    assert all(one["found"] == first["found"] for one in again)
+
+
+def test_published_numbers_without_their_evidence_are_not_shown(at):
+    results = at("norm_slopes")
+    first = results.measure("cpu")
+    main(["publish", "norm_slopes9", "--profile", "tiny"])
+    where = "norm_slopes9", "tiny", results.table, results.plan, results.store
+    assert measurements.published(*where) == first
+    results.store.published_path(first["cells"][1]["key"]).unlink()
+    assert measurements.published(*where) is None
+
+
+def test_run_measures_too_and_a_page_without_weights_says_how(at, monkeypatch, capsys):
+    results = at("magnitudes")
+    assert main(["run", "magnitudes9", "--profile", "tiny"]) == 0
+    assert "networks are measured" in capsys.readouterr().out
+    path = measurements.path_of(results.store, "magnitudes9", "tiny")
+    for found in json.loads(path.read_text())["found"]:
+        grid = np.array(found["magnitudes"])
+        assert grid.shape == (3, 3) and 0 < grid.min() <= grid.max() <= 1
+    path.unlink()
+    monkeypatch.setattr(type(results.store), "has_weights", lambda self, key: False)
+    said = measured_figures.shown(Results("magnitudes9", "tiny")).data
+    assert "make reproduce-magnitudes9 PROFILE=tiny" in said
+    assert measured_figures.shown(Results("tiny9", "tiny")).data == ""
+
+
+def test_numbers_of_a_file_are_short_and_plain():
+    rounded = measurements.rounded({1: [0.123456789, float("nan"), 3, True], "a": ("b", None)})
+    assert rounded == {"1": [0.123457, None, 3, True], "a": ["b", None]}
+    assert isinstance(rounded["1"][3], bool)
+
+
+def test_means_of_a_page_by_hand():
+    grid = [[1, -0.5, None], [-0.5, 1, 0.25], [None, 0.25, 1]]
+    seeds = [{"a": {"cka": grid}, "b": {"cka": [[1, 0.1], [0.3, 1]]}}]
+    assert measured_figures.off_diagonal(seeds, "cka") == [[0.375, pytest.approx(0.2)]]
+    one, two = (np.array(x) for x in ([1.0, np.nan, np.nan], [3.0, np.nan, 4.0]))
+    means = measured_figures.mean_of(np.array([one, two]), axis=0)
+    assert np.array_equal(means, [2, np.nan, 4], equal_nan=True)
+    assert measured_figures.examples([1, 1, 2, 1, 1, 2, 1, 2, 1]) == [5, 6]
+    assert measured_figures.examples([1, 1, 1, 1]) == [2, 3]
+    strided = [False, True, False]
+    assert measured_figures.means_where([[1, 5, 3], [2, 7, 4]], strided, True).startswith("6 <")
+    assert measured_figures.means_where([[1, 5, 3]], strided, False) == "2"
+    assert measured_figures.means_where([[1, 5, 3]], [False] * 3, True) == measured_figures.NONE
