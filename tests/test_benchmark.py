@@ -20,7 +20,15 @@ from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES, Case
 from replib.benchmark.setting import TIERS, Setting, Subject, images
 from replib.benchmark.subjects import BRANCHES, FORMS, LeftOut, Way, stack
-from replib.benchmark.targets import MET, MISSED, TARGETS, judged
+from replib.benchmark.targets import (
+    MET,
+    MISSED,
+    TARGETS,
+    best_ratio,
+    judged,
+    least_over_batches,
+    number,
+)
 from replib.blocks import BLOCKS
 from replib.networks import outermost_blocks
 
@@ -510,6 +518,44 @@ def test_the_worst_family_decides():
         cases[case] = {"status": "done", "reason": "", "result": result}
     verdict = judged(target("none-slower"), {"settings": {"tier": "cpu"}, "cases": cases})
     assert (verdict.text, verdict.found.by, verdict.found.value) == (MISSED, "acb", 0.9)
+
+
+def line(of, over, median, what="time"):
+    return {"of": of, "over": over, "what": what, "median": median}
+
+
+@pytest.mark.parametrize(
+    "find, results, expected",
+    [
+        (
+            least_over_batches("dbb", "shared", "time"),
+            {"crossover": {"ratios": [line("dbb 8, shared", "orepa 8", 2.0),
+                line("dbb 64, shared", "orepa 64", 1.5), line("dbb 64, shared", "plain", 0.5),
+                line("dbb 64, shared", "orepa 64", 0.7, "saved"),
+                line("dbb 64, branches", "orepa 64", 0.4)]}},
+            1.5,
+        ),
+        (
+            best_ratio("1 process"),
+            {"packed": {"ratios": [line("2 processes", "1 process", 1.4),
+                line("2 processes", "streams", 9.0)]},
+             "packed/graphs": {"ratios": [line("4 processes", "1 process", 2.2)]}},
+            2.2,
+        ),
+        *(
+            (
+                number("share", "rate, %", begin="plain", largest=largest),
+                {"share": {"numbers": {"plain 8: rate, %": {"median": 30.0},
+                    "plain 64: rate, %": {"median": 40.0}, "dbb: rate, %": {"median": 99.0},
+                    "plain 64: seconds": {"median": 1.0}}}},
+                expected,
+            )
+            for largest, expected in ((True, 40.0), (False, 30.0))
+        ),
+    ],
+)  # fmt: skip
+def test_the_number_that_a_target_asks_for_is_found(find, results, expected):
+    assert find(results).value == expected
 
 
 def test_targets_name_cases_and_ways_that_exist():

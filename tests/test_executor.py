@@ -114,19 +114,20 @@ def test_the_longest_line_of_cells_comes_first():
 
 
 def test_cells_are_started_by_urgency(project, in_process, monkeypatch):
-    """Longer cells first, and a long child's parent before them."""
+    """After the first, longer cells come first, and a long child's parent before them."""
 
     def row(epochs, rate=0.1, start=None):
         return dict(label="r", start=start, set={"epochs": epochs, "learning_rate": rate})
 
-    rows = {"a": row(1), "b": row(3), "c": row(1, 0.2), "d": row(4, start="c"), "e": row(2)}
+    rows = {"a": row(1), "b": row(3), "f": row(1, 0.3), "c": row(1, 0.2), "d": row(4, start="c")}
+    rows["e"] = row(2)
     table = Table.model_validate(
         dict(title="t", question="q", control="a", seeds=[0], cell=CELL, rows=rows)
     )
     made, order = plan(table), []
     monkeypatch.setattr(executor, "run_cell", lambda p, *_, **__: order.append(p.rows[0]))
     run_plan(made, Store(), workers=2, device="cpu")
-    assert order == ["c", "b", "d", "e", "a"]  # d waits for c
+    assert order == ["a", "b", "c", "e", "d", "f"]  # d waits for c
 
 
 def test_the_cost_of_a_cell_is_near_what_is_measured():

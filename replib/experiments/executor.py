@@ -184,12 +184,6 @@ def run_plan(
         ncols=88,
     )
     try:
-        if most > 1:  # one alone takes them in the order of the table
-            for _ in range(min(most, 2)):
-                pool.submit(int)  # processes import what they need while costs are counted
-            costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
-            first = urgency(missing, costs)
-            missing = sorted(missing, key=lambda p: -first[p.key])
         waiting = {planned.key: planned for planned in missing}
         while waiting or running:
             # Every call starts something, so that even the shortest budget gets to the end.
@@ -216,6 +210,10 @@ def run_plan(
                 now_running.add(key)
                 del waiting[key]
             begun = begun or time.monotonic()
+            if most > 1 and not costs:  # counted while the first of the table are trained
+                costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
+                first = urgency(missing, costs)
+                waiting = dict(sorted(waiting.items(), key=lambda item: -first[item[0]]))
             if not running:
                 break
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
