@@ -34,16 +34,18 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(prog="replib", description=__doc__)
     commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def table_command(name: str, text: str) -> argparse.ArgumentParser:
+    def table_command(name: str, text: str, count: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("table", help="an id such as table2: a folder of params/")
+        command.add_argument("table", nargs=count, help="an id such as table2: a folder of params/")
         command.add_argument("--profile", default="quick", help="a file of that folder")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter"
         )
         return command
 
-    run = table_command("run", "train the missing cells of a table; no notebook is needed")
+    run = table_command("run", "train the missing cells of a table; no notebook is needed", "?")
+    run.add_argument("--queue", type=Path, help="in place of a table: a file of many, in order")
+    run.add_argument("--list", action="store_true", help="how far the queue is; trains nothing")
     again = table_command("reproduce", "leave the report of a table or notebook; train for it")
     again.add_argument("more", nargs="*", help="further ids: the cells of all are trained together")
     for command in (run, again):
@@ -171,14 +173,21 @@ def network_commands(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from replib.experiments.store import compact
-    from replib.report.results import Results
+    from replib.experiments import queue
+    from replib.experiments.executor import run_plan
+    from replib.experiments.store import Store, compact
 
     budget = positive("--budget-seconds", arguments.budget_seconds)
-    results = Results(arguments.table, arguments.profile, arguments.set)
+    plan, store, title, state = wanted(arguments, Store())
+    if arguments.list:
+        print("\n".join(state()))
+        return
     if budget is not None:  # of the whole command: reading and planning count
         budget -= time.monotonic() - arguments.started
-    done = results.train(
+    done = run_plan(
+        plan,
+        store,
+        title=title,
         workers=positive("--workers", arguments.workers),
         budget_seconds=budget,
         checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
@@ -186,13 +195,35 @@ def run(arguments: argparse.Namespace) -> None:
         compile=arguments.compile or "auto",
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
-    if results.measure(arguments.device) is not None:
-        print("The trained networks are measured.")
     if arguments.out:
-        write_bundle(arguments.out, list(results.own.values()), compact)
-        print(f"{len(results.own)} evidence files in {arguments.out}")
+        own = [found for key in plan.cells if (found := store.read(key)) is not None]
+        write_bundle(arguments.out, own, compact)
+        print(f"{len(own)} evidence files in {arguments.out}")
+        for path in queue.save_states(plan, store, arguments.out):
+            print(f"{path}, {path.stat().st_size / 2**20:.1f} MiB, to go on from")
     if done.out_of_time:
         print(f"{done.out_of_time} cells not finished in the time given; run again to go on.")
+    print("".join(f"{line}\n" for line in state()), end="")
+
+
+def wanted(arguments: argparse.Namespace, store) -> tuple:
+    """(plan, store, its title, how far the queue is: a function) of what is to be trained."""
+    from replib.experiments import queue
+    from replib.report.results import Results
+
+    if arguments.queue:
+        if arguments.table or arguments.set:
+            raise UserError(
+                f"--queue (={arguments.queue}) names its tables and settings itself: leave "
+                f"{arguments.table or '--set'} out."
+            )
+        planning = queue.Planning(queue.read(arguments.queue), store)
+        return planning.plan, store, f"{arguments.queue.name}:", planning.state
+    if not arguments.table or arguments.list:
+        missing = "--list is of a queue" if arguments.table else "no table is named"
+        raise UserError(f"run: {missing}: say run TABLE, or run --queue FILE.")
+    results = Results(arguments.table, arguments.profile, arguments.set)
+    return results.plan, store, f"{results.id} {results.profile}:", list
 
 
 def write_bundle(path: Path, evidence: list[dict], compact) -> None:
@@ -318,6 +349,7 @@ def reports(arguments: argparse.Namespace) -> None:
 
 
 def evidence(arguments: argparse.Namespace) -> None:
+    from replib.experiments import queue
     from replib.experiments.store import Store, compact, read_evidence, sha256
     from replib.training.checkpoint import write_bytes
 
@@ -345,7 +377,9 @@ def evidence(arguments: argparse.Namespace) -> None:
                 raise UserError(f"{path}: key (={key!r}) is not one of a cell; nothing was taken.")
         for one in found:
             write_bytes(store.published_path(one["result"]["key"]), compact(one))
-        print(f"{len(found)} evidence files from {path} are in {store.published}.")
+        states = queue.take_states(path, store)
+        also = f"; {states} files to go on from are in {store.runs}" if states else ""
+        print(f"{len(found)} evidence files from {path} are in {store.published}{also}.")
 
 
 def bench(arguments: argparse.Namespace) -> int:

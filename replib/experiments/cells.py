@@ -8,8 +8,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,18 +74,43 @@ class Plan:
     cells: dict[str, Planned] = field(default_factory=dict)
     by_row: dict[tuple[str, int], str] = field(default_factory=dict)
     weights: set[str] = field(default_factory=set)  # keys of cells whose weights are wanted too
+    turn: dict[str, int] = field(default_factory=dict)  # key -> of which plan taken it is
+    published: bool = False  # published evidence counts as trained
+
+    def of(self, keys: Iterable[str]) -> Plan:
+        """Only these cells, and what they need to be trained first."""
+        wanted = set(keys)
+        for planned in reversed(self.cells.values()):
+            if planned.key in wanted:
+                wanted |= set(planned.parents.values())
+        cells = {key: planned for key, planned in self.cells.items() if key in wanted}
+        return replace(self, cells=cells, by_row={}, weights=self.weights & wanted)
+
+    def take(self, other: Plan) -> None:
+        """Add the cells of another plan, which are trained after those that are here."""
+        last = max(self.turn.values(), default=-1) + 1
+        for key, planned in other.cells.items():
+            self.turn.setdefault(key, last)
+            self.cells.setdefault(key, planned)
+        self.weights.update(other.weights)
+
+    def finished(self, key: str, store: Store) -> bool:
+        """Whether a cell has evidence, and its weights are there where they are wanted."""
+        found = store.read(key) or (self.published and store.read(key, published=True))
+        return bool(found) and (key not in self.weights or store.has_weights(key))
 
     def missing(self, store: Store) -> list[Planned]:
         """The cells still to train, parents first; a parent without weights is trained again."""
         wanted: set[str] = set()
         for planned in reversed(self.cells.values()):
-            needed = planned.key in self.weights or any(
+            needed = any(
                 planned.key in child.parents.values()
                 for child in self.cells.values()
                 if child.key in wanted
             )
-            absent = store.read(planned.key) is None
-            if absent or (needed and not store.has_weights(planned.key)):
+            if not self.finished(planned.key, store) or (
+                needed and not store.has_weights(planned.key)
+            ):
                 wanted.add(planned.key)
         return [planned for planned in self.cells.values() if planned.key in wanted]
 

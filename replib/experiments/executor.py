@@ -213,7 +213,8 @@ def run_plan(
             if most > 1 and not costs:  # counted while the first of the table are trained
                 costs = {planned.key: cost_of(planned, plan.cells) for planned in missing}
                 first = urgency(missing, costs)
-                waiting = dict(sorted(waiting.items(), key=lambda item: -first[item[0]]))
+                order = {key: (plan.turn.get(key, 0), -first[key]) for key in waiting}
+                waiting = {key: waiting[key] for key in sorted(waiting, key=order.get)}
             if not running:
                 break
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)

@@ -1,0 +1,207 @@
+"""Queues: entries one after the other, what is here and what is not, from machine to machine."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, Project
+from test_cells import CELL
+
+from replib.__main__ import main
+from replib.errors import UserError
+from replib.experiments import executor, queue
+from replib.experiments.store import Store
+
+
+def table(**epochs):
+    """A table of rows that differ in their epochs; one that is called `after_X` starts from X."""
+    rows = {
+        name: dict(
+            label=name, set={"epochs": count, "learning_rate": 0.01 + 0.01 * place},
+            start=name.removeprefix("after_") if name.startswith("after_") else None,
+        )
+        for place, (name, count) in enumerate(epochs.items())
+    }  # fmt: skip
+    made = dict(title="t", question="q", proxy="p", control=next(iter(rows)), cell=CELL, rows=rows)
+    return yaml.safe_dump(made | {"seeds": [0]})
+
+
+def entry(name, *rows, **more):
+    return {
+        "table": name, "profile": "tiny", "rows": [*rows], "seeds": [0], "minutes": 6.0, "why": "w",
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def line_up(project):
+    """Write a queue of entries; its path."""
+
+    def write(*entries):
+        path = project.folder / "params" / "queue.yaml"
+        path.write_text(yaml.safe_dump({"entries": [*entries]}), encoding="utf-8")
+        return path
+
+    project.table("one9", table(a=1, b=3, c=1, after_c=2))
+    project.table("two9", table(d=9, e=1))
+    return write
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Nothing is trained: the rows are listed, in the order in which they would be."""
+    order = []
+    monkeypatch.setattr(executor, "run_cell", lambda p, *_, **__: order.append(p.rows[0]))
+    return order
+
+
+def planning(path):
+    return queue.Planning(queue.read(path), Store())
+
+
+def test_entries_come_one_after_the_other(line_up, in_process, trained, capfd):
+    """Even where a later one is longer; what a row starts from comes with it, and nothing else."""
+    path = line_up(
+        entry("one9", "a", "after_c"), entry("one9", "a", "b", seeds=[1]), entry("two9", seeds=[0])
+    )
+    assert main(["run", "--queue", str(path), "--workers", "2", "--device", "cpu"]) == 0
+    assert trained == ["a", "c", "after_c", "b", "a", "d", "e"]
+    out = capfd.readouterr().out.splitlines()
+    assert (
+        out[-3] == "one9 tiny a, after_c, seeds 0: 0 of 3 cells, 6 GPU minutes left (an estimate)"
+    )
+    assert out[-1].startswith("two9 tiny, seeds 0: 0 of 2 cells")
+
+
+def test_settings_of_an_entry_are_those_of_the_command_line(line_up):
+    path = line_up(entry("one9", "a"), entry("one9", "a", set=["rows.a.set.epochs=7"]))
+    assert sorted(p.epochs for p in planning(path).plan.cells.values()) == [1, 7]
+
+
+def test_published_evidence_counts_as_trained(line_up, in_process, trained, shared_project, capfd):
+    """But for a cell that another one starts from, whose weights are wanted."""
+    path = line_up(entry("one9", "a", "b"), entry("one9", "after_c"))
+    found = planning(path).plan
+    rows = {planned.rows[0]: key for key, planned in found.cells.items()}
+    store = Store()
+    for row in ("a", "c"):
+        store.write(rows[row], {"key": rows[row]}, {})
+        store.publish(rows[row])
+    shutil.rmtree(store.runs)
+    assert main(["run", "--queue", str(path), "--list"]) == 0
+    first, second = capfd.readouterr().out.splitlines()
+    assert first.endswith("a, b, seeds 0: 1 of 2 cells, 3 GPU minutes left (an estimate)")
+    assert second.endswith("after_c, seeds 0: 1 of 2 cells, 3 GPU minutes left (an estimate)")
+    assert trained == []
+    assert main(["run", "--queue", str(path), "--workers", "1", "--device", "cpu"]) == 0
+    assert trained == ["b", "c", "after_c"]
+
+
+def test_an_entry_that_cannot_be_planned_keeps_nothing_else_back(
+    line_up, in_process, trained, capfd
+):
+    missing = entry("two9", set=["cell.data=imagefolder", "cell.data_dir=absent"])
+    path = line_up(missing, entry("one9", "nothing"), entry("one9", "a", measured="an A100"))
+    assert main(["run", "--queue", str(path), "--workers", "2", "--device", "cpu"]) == 0
+    assert trained == ["a"]
+    absent, unknown, last = capfd.readouterr().out.splitlines()[-3:]
+    assert "not here: " in absent and "absent" in absent
+    assert "not here: rows (=nothing)" in unknown and "after_c" in unknown
+    assert last.endswith("0 of 1 cells, 6 GPU minutes left (measured on an A100)")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"minutes": 0}, ["entries.0.minutes", "0"]),
+        ({"seeds": []}, ["entries.0.seeds"]),
+        ({"table": "../x"}, ["entries.0.table", "../x"]),
+        ({"colour": 1}, ["entries.0.colour"]),
+    ],
+)
+def test_a_mistake_in_a_queue_is_told_in_one_line(change, named, line_up, capfd):
+    path = line_up(entry("one9") | change)
+    assert main(["run", "--queue", str(path)]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and all(text in error for text in [*named, str(path)]), error
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["table2", "--queue", "q.yaml"], "table2"),
+        (["--queue", "q.yaml", "--set", "a=1"], "--set"),
+        (["--queue", "absent.yaml"], "absent.yaml"),
+        (["table2", "--list"], "--list"),
+        ([], "no table is named"),
+    ],
+)
+def test_a_table_or_a_queue(arguments, named, capfd):
+    assert main(["run", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and named in error, error
+
+
+def test_another_machine_goes_on(project, in_process, tmp_path, monkeypatch, capfd):
+    """Evidence and checkpoints travel; the cell that was stopped is not begun again, and what comes
+    out is what one machine alone makes."""
+    text = json.dumps({"entries": [entry("tiny9", "official")]})
+    homes = {name: Project(tmp_path / name) for name in ("one", "two", "alone")}
+
+    def on(name, *more):
+        homes[name].table("tiny9", TINY)
+        path = homes[name].folder / "queue.json"
+        path.write_text(text)
+        monkeypatch.setenv("REPLIB_HOME", str(homes[name].folder))
+        command = ["run", "--queue", str(path), "--device", "cpu", *more]
+        assert main(command) == 0
+        return capfd.readouterr().out
+
+    bundle = tmp_path / "out" / "results.json"
+    for _ in range(50):
+        out = on("one", "--budget-seconds", "0.2", "--out", str(bundle))
+        if "1 of 2 cells" in out and "to go on from" in out:
+            break
+    assert {p.name.partition("-")[2] for p in queue.states_folder(bundle).iterdir()} == {
+        "checkpoint.ckpt",
+        "weights.ckpt",
+    }
+    monkeypatch.setenv("REPLIB_HOME", str(homes["two"].folder))
+    assert main(["evidence", "add", str(bundle)]) == 0
+    assert "1 evidence files" in (said := capfd.readouterr().out) and "2 files to go on" in said
+    out = on("two")
+    assert "1 cells trained, 1 were there" in out and "2 of 2 cells" in out
+    on("alone")
+    results = {}
+    for name, made in homes.items():
+        store = Store(made.folder)
+        paths = [*store.runs.glob("*/result.json"), *store.published.glob("*.json")]
+        found = [json.loads(path.read_bytes())["result"] for path in paths]
+        results[name] = {one["key"]: one for one in found}
+    assert len(results["alone"]) == 2 and results["two"] == results["alone"]
+
+
+def test_the_projects_own_queue():
+    """Every entry names rows and settings that exist, whether or not its data are here."""
+    made = queue.read(ROOT / "params" / "gpu-queue.yaml")
+    for one in made.entries:
+        path = ROOT / "params" / one.table / f"{one.profile}.yaml"
+        found = queue.load_table(path, [f"seeds={one.seeds}", *one.set], networks=False)
+        assert set(one.rows) <= set(found.rows), one.name
+
+
+def test_a_bundle_takes_no_file_from_elsewhere(project, tmp_path):
+    """Names that are not those of a cell's files stay where they are."""
+    bundle = tmp_path / "results.json"
+    folder = queue.states_folder(bundle)
+    folder.mkdir()
+    for name in ("0" * 16 + "-result.ckpt", "x-checkpoint.ckpt", "0" * 16 + "-weights.ckpt"):
+        (folder / name).write_bytes(b"")
+    store = Store()
+    assert queue.take_states(bundle, store) == 1
+    assert [p.name for p in store.runs.rglob("*.ckpt")] == ["weights.ckpt"]
+
+
+def test_an_unknown_table(project):
+    with pytest.raises(UserError, match="no profile 'tiny' of 'nothing9'"):
+        queue.planned(queue.Entry(**entry("nothing9")), Store())
