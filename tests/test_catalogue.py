@@ -1,6 +1,7 @@
 """The catalogue: whole, what it names exists, and nothing but its read numbers is ever shown."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -250,10 +251,7 @@ class Mini:
         self.store, self.project = Store(project.folder), project
         for path in (project.folder / "catalogue").iterdir():
             path.unlink()
-        for folder in (project.folder / "params").iterdir():
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+        shutil.rmtree(project.folder / "params")
         (project.folder / "catalogue" / "x.yaml").write_text(CATALOGUED)
         text = TINY.replace("data: digits", "data: cifar10").replace("seeds: [0]", "seeds: [0, 1]")
         text = re.sub("\nproxy: .*", "", text).replace("control: control", "control: control", 1)

@@ -16,7 +16,7 @@ from replib.report.results import Results
 WITH_NOTEBOOKS = ["bfloat16", "repan-ablation", "table3"]
 OTHERS = sorted(
     path.name
-    for path in (ROOT / "params").iterdir()
+    for path in (ROOT / "params").glob("*/")
     if not (ROOT / "notebooks" / f"{path.name}.ipynb").exists()
 )
 
