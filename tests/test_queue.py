@@ -74,9 +74,9 @@ def test_entries_come_one_after_the_other(line_up, in_process, trained, capfd):
 
 
 def test_a_cell_of_two_entries_is_trained_with_the_first(line_up, in_process, trained):
-    path = line_up(entry("one9", "a", "b", "c"), entry("two9"), entry("one9", "c"))
+    path = line_up(entry("one9", "a", "b", "c"), entry("two9"), entry("one9", "b"))
     assert main(["run", "--queue", str(path), "--workers", "2", "--device", "cpu"]) == 0
-    assert trained == ["a", "b", "c", "d", "e"]
+    assert trained == ["a", "c", "b", "d", "e"]
 
 
 def test_settings_of_an_entry_are_those_of_the_command_line(line_up):
