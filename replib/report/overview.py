@@ -264,7 +264,7 @@ class Overview:
             proxies = dict.fromkeys(row["proxy"] for row in rows if row["proxy"])
             found.append(
                 {"id": name, "holds": self.held[name], "rows": rows, "proxies": list(proxies)}
-                | {"items": [self.item(text) for text in one.about], **said}
+                | {"items": list(dict.fromkeys(self.item(text) for text in one.about)), **said}
             )
         return {"title": "Findings", "findings": found}
 
