@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "list", help="every table and figure of the papers: status, command; profiles"
     )
     commands.add_parser("proofs", help="render the proofs and explanations; trains no table")
-    commands.add_parser("reports", help="render every page that has evidence; trains nothing")
+    text = "render every page that has evidence; trains nothing"
+    pages = commands.add_parser("reports", help=text, description=text)
+    pages.add_argument("--only", choices=("index",), help="index, methods, findings, checklist")
     bench_command(commands)
     evidence = commands.add_parser("evidence", help="check evidence files and take them in")
     evidence.add_argument("action", choices=("add", "check"))
@@ -326,25 +328,30 @@ def proofs(arguments: argparse.Namespace) -> None:
 
 
 def reports(arguments: argparse.Namespace) -> None:
-    from replib.experiments.params import load_table
-    from replib.experiments.store import Store
+    from replib.report.notebooks import READERS, notebooks
     from replib.report.render import index, reproduce
-    from replib.report.results import Results, profile_path, profiles
+    from replib.report.results import Results, profiles
+    from replib.report.standing import Evidence, Recorded
 
+    if arguments.only:
+        print(index())
+        return
     os.environ["REPLIB_TRAIN"] = "0"
-    seen = Store().data_seen()
+    evidence = Evidence()
     for table, names in profiles().items():
         for profile in names:
             try:
-                loaded = load_table(profile_path(table, profile), networks=False)
-                if loaded.cell.get("data") not in seen:  # nothing to show: do not fetch its data
-                    continue
+                if not Recorded(table, profile, evidence).plan.cells:
+                    continue  # nothing to show: do not fetch its data
                 results = Results(table, profile)
-            except UserError as error:  # its parameters are wrong, or its data not on this machine
-                print(f"{table} {profile}: not rendered: {error}")
+            except (UserError, ValueError) as error:  # wrong parameters, or data that are not here
+                print(f"{table} {profile}: not rendered: {str(error).partition(chr(10))[0]}")
                 continue
             if results.own or results.published:
                 print(reproduce(table, profile, [], here=True), flush=True)
+    for name in READERS:
+        if name in notebooks():
+            print(reproduce(name, "quick", [], here=True), flush=True)
     print(index())
 
 

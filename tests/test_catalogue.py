@@ -392,7 +392,7 @@ def test_the_list_and_the_index_show_every_item_and_the_counts(mini, capfd):
     assert sum(counts.values()) == 6 and f"6 tables and figures of papers: {said}\n" in listed
     (mini.project.folder / "reports" / "mini-tiny.html").write_text("a page")
     reader = offline(render.index())
-    words = " ".join(" ".join(reader.text).split())
+    words = " ".join("".join(reader.text).split())
     assert f"Of 6: {said}." in words and "A <b>bold</b> paper" in words and "b" in reader.tags
     assert "no <data>" in words and "make reproduce-mini PROFILE=other" in words
     assert reader.all("href").count("mini-tiny.html") == 5, "four items, and the table's own line"

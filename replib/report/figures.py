@@ -9,12 +9,23 @@ from matplotlib.figure import Figure
 from replib.report.results import Results
 
 INK, MUTED = "#1f2933", "#8492a0"
+DASHES = ("-", "--", ":", "-.")
 
 
 def style() -> None:
     """The look of every figure."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
     plt.rcParams.update({"axes.spines.right": False, "axes.spines.top": False})
+
+
+def lines(count: int) -> list[dict]:
+    """A colour and a dash for each of so many lines: colours that the colour-blind tell apart, of
+    which there are ten, and other dashes beyond them."""
+    colours = sns.color_palette("colorblind")
+    return [
+        {"color": colours[i % len(colours)], "ls": DASHES[i // len(colours) % len(DASHES)]}
+        for i in range(count)
+    ]
 
 
 def groups(results: Results) -> dict[str, list[str]]:
@@ -45,15 +56,14 @@ def curves(results: Results) -> Figure | None:
     )
     for axis, (control, rows) in zip(axes[:, 0], panels.items(), strict=True):
         low = []
-        for row, colour in zip(rows, sns.color_palette("colorblind", len(rows)), strict=True):
+        for row, look in zip(rows, lines(len(rows)), strict=True):
             part = history[history.row == row]
             table = 100 * part.pivot_table("test_accuracy", "total_epoch", "seed")
             mean, spread = table.mean(axis=1), table.sem(axis=1).fillna(0)
             label = name(results, row)
-            axis.plot(mean.index, mean, color=colour, lw=1.6, label=label)
-            axis.fill_between(
-                mean.index, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
-            )
+            axis.plot(mean.index, mean, lw=1.6, label=label, **look)
+            band = {"color": look["color"], "alpha": 0.15, "lw": 0}
+            axis.fill_between(mean.index, mean - spread, mean + spread, **band)
             low.append(mean.iloc[len(mean) // 4 :].quantile(0.1))
         starts = history[(history.row == control) & history.own & (history.epoch == 0)]
         for epoch in sorted(set(starts.total_epoch)):

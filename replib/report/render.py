@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader
 
 from replib.errors import UserError
 from replib.experiments.cells import Plan
 from replib.experiments.executor import run_plan
 from replib.experiments.params import load_table
 from replib.experiments.store import Store, home
-from replib.report.catalogue import catalogue
 from replib.report.notebooks import GENERIC, changed, notebooks, title
+from replib.report.overview import TEMPLATES, index, shell
 from replib.report.results import Results, profile_path, profiles
-from replib.report.standing import Standings, catalogue_counts
 from replib.training.checkpoint import write_bytes
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Tee:
@@ -85,6 +82,7 @@ def execute(name: str, parameters: dict, copy: str, here: bool = False) -> Path:
             kernel_name="python3",
             cwd=str(home()),
             progress_bar=False,
+            request_save_on_cell_execute=not here,  # a kernel can die; what it had done is kept
             start_timeout=300,
             kernel_manager_class=quiet_kernel(out.with_suffix(".log")),
             stdout_file=Tee(),
@@ -127,15 +125,20 @@ def to_html(notebook: Path, page: Path, title: str, code: str = "folded") -> Non
     exporter = HTMLExporter(
         config=config, template_name="replib", extra_template_basedirs=[str(TEMPLATES)]
     )
+    exporter.register_filter("described", described)
     body, _ = exporter.from_filename(str(notebook), resources={"code": code})
     made = f"{datetime.now():%Y-%m-%d %H:%M}"
-    write_bytes(page, shell("page.html.j2", title=title, body=body, made=made).encode())
+    write_bytes(page, shell("base.html.j2", title=title, body=body, made=made).encode())
 
 
-def shell(template: str, **values) -> str:
-    """Fill one of our page templates; values are escaped, `body` is HTML already."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    return environment.get_template(template).render(**values)
+def described(source: str, heading: str) -> str:
+    """What a figure shows, for who does not see it: its section, and what its function says."""
+    parts = [f"Figure: {heading}"] if heading else ["Figure"]
+    for module, function in re.findall(r"\b(\w*figures)\.(\w+)\(", source):
+        if (Path(__file__).parent / f"{module}.py").is_file():
+            found = getattr(importlib.import_module(f"replib.report.{module}"), function, None)
+            parts.append(" ".join((found.__doc__ or "").partition("\n\n")[0].split()))
+    return ". ".join(part.rstrip(".") for part in parts if part) + "."
 
 
 def reproduce(name: str, profile: str, settings: list[str], here: bool = False) -> Path:
@@ -191,63 +194,3 @@ def render_notebook(name: str, profile: str, settings: list[str], here: bool = F
     if not here:
         index()
     return page
-
-
-def index() -> Path:
-    """Write reports/index.html: the catalogue with its standings, profiles, pages that exist."""
-    standings = Standings()
-    found, known = standings.all(), profiles()
-    works = [
-        {
-            "work": work,
-            "items": [
-                {"item": item, "id": f"{name}/{key}", "said": found[f"{name}/{key}"].said}
-                | {"pages": [page for entry in item.here for page in pages_of(entry, known)]}
-                for key, item in work.items.items()
-            ],
-        }
-        for name, work in catalogue().items()
-    ]
-    tables = []
-    for table, names in known.items():
-        loaded = {one.profile: one.table for one in standings.tables(table)}
-        title_of = next((one.title for one in loaded.values()), "")
-        rows = [
-            {
-                "profile": profile,
-                "data": loaded[profile].cell.get("data", "") if profile in loaded else "",
-                "seeds": len(loaded[profile].seeds) if profile in loaded else "",
-                "command": f"make reproduce-{table} PROFILE={profile}",
-                "error": standings.refused.get(f"{table} {profile}"),
-            }
-            | page_of(f"{table}-{profile}")
-            for profile in names
-        ]
-        tables.append({"table": table, "title": title_of, "rows": rows})
-    others = [
-        {"name": name, "title": title(name), "command": f"make reproduce-{name}"} | page_of(name)
-        for name in notebooks()
-    ]
-    values = {"works": works, "counts": catalogue_counts(found), "tables": tables}
-    out = home() / "reports" / "index.html"
-    write_bytes(out, shell("index.html.j2", title="Reports", others=others, **values).encode())
-    return out
-
-
-def pages_of(entry: str, known: dict[str, list[str]]) -> list[dict[str, str]]:
-    """The pages that exist of what an item of the catalogue names: TABLE, TABLE/PROFILE, NOTEBOOK.
-
-    Those of all profiles of a table, since others than the one that is named show it too.
-    """
-    name = entry.split("/")[0]
-    found = [page_of(f"{name}-{profile}") for profile in known.get(name, [])]
-    return [page for page in (*found, page_of(name)) if page]
-
-
-def page_of(name: str) -> dict[str, str]:
-    """The page of that name and when it was made, where it exists."""
-    page = home() / "reports" / f"{name}.html"
-    if not page.is_file():
-        return {}
-    made = datetime.fromtimestamp(page.stat().st_mtime)
-    return {"page": page.name, "made": f"{made:%Y-%m-%d %H:%M}"}
