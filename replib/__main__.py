@@ -328,30 +328,11 @@ def proofs(arguments: argparse.Namespace) -> None:
 
 
 def reports(arguments: argparse.Namespace) -> None:
-    from replib.report.notebooks import READERS, notebooks
-    from replib.report.render import index, reproduce
-    from replib.report.results import Results, profiles
-    from replib.report.standing import Evidence, Recorded
+    from replib.report.render import index, render_all
 
-    if arguments.only:
-        print(index())
-        return
-    os.environ["REPLIB_TRAIN"] = "0"
-    evidence = Evidence()
-    for table, names in profiles().items():
-        for profile in names:
-            try:
-                if not Recorded(table, profile, evidence).plan.cells:
-                    continue  # nothing to show: do not fetch its data
-                results = Results(table, profile)
-            except (UserError, ValueError) as error:  # wrong parameters, or data that are not here
-                print(f"{table} {profile}: not rendered: {str(error).partition(chr(10))[0]}")
-                continue
-            if results.own or results.published:
-                print(reproduce(table, profile, [], here=True), flush=True)
-    for name in READERS:
-        if name in notebooks():
-            print(reproduce(name, "quick", [], here=True), flush=True)
+    if not arguments.only:
+        for line in render_all():
+            print(line, flush=True)
     print(index())
 
 

@@ -8,18 +8,24 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 from replib.errors import UserError
 from replib.experiments.cells import Plan
-from replib.experiments.executor import run_plan
+from replib.experiments.executor import cores, run_plan
 from replib.experiments.params import load_table
 from replib.experiments.store import Store, home
-from replib.report.notebooks import GENERIC, changed, notebooks, title
+from replib.report.notebooks import GENERIC, READERS, changed, notebooks, title
 from replib.report.overview import TEMPLATES, index, shell
 from replib.report.results import Results, profile_path, profiles
+from replib.report.standing import Evidence, Recorded
 from replib.training.checkpoint import write_bytes
+
+PAGES = 5  # that a further process must have to make, to be worth its start
+WORKERS = 4  # processes at most: each holds a network or two of full size
 
 
 class Tee:
@@ -182,6 +188,47 @@ def reproduce_all(names: list[str], profile: str, settings: list[str], **options
     for name in names:
         yield reproduce(name, profile, settings, here=True)
     index()
+
+
+def render_all() -> Iterator[str]:
+    """The pages of all that has evidence, as they are made, or in one line why there is none.
+
+    Trains nothing. Notebooks that compute what they show are left alone.
+    """
+    os.environ["REPLIB_TRAIN"] = "0"
+    evidence, jobs = Evidence(), []
+    for table, names in profiles().items():
+        for profile in names:
+            try:
+                if Recorded(table, profile, evidence).plan.cells:  # no data is fetched for others
+                    jobs.append((table, profile))
+            except (UserError, ValueError) as error:
+                yield not_rendered(table, profile, error)
+    jobs += [(name, "quick") for name in READERS if name in notebooks()]
+    workers = min(cores(), len(jobs) // PAGES, WORKERS)
+    if workers < 2:
+        yield from filter(None, map(rendered, jobs))
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from filter(None, pool.map(rendered, jobs))
+
+
+def rendered(job: tuple[str, str]) -> str:
+    """The page of one job, or why there is none; nothing where its evidence is on other data."""
+    name, profile = job
+    if name in profiles():
+        try:
+            results = Results(name, profile)
+        except (UserError, ValueError) as error:  # wrong parameters, or data that are not here
+            return not_rendered(name, profile, error)
+        if not results.own and not results.published:
+            return ""
+    return str(reproduce(name, profile, [], here=True))
+
+
+def not_rendered(table: str, profile: str, error: Exception) -> str:
+    """Why a page was not made, in one line."""
+    return f"{table} {profile}: not rendered: {str(error).splitlines()[0]}"
 
 
 def render_notebook(name: str, profile: str, settings: list[str], here: bool = False) -> Path:
