@@ -47,8 +47,8 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "blocks", "parallel", "narrowing",
     },
     "benchmark": {
-        "verification", "training", "methods", "official", "models", "convert", "fusing",
-        "networks", "blocks", "machine",
+        "analysis", "verification", "training", "methods", "official", "models", "convert",
+        "fusing", "networks", "blocks", "machine",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
