@@ -4,7 +4,8 @@
     operations        of one image, also where small kernels are done the cheaper way (Winograd)
     step_cost         parameters, operations and memory of one training step
 
-Operations are those of convolutions and matrix products, by torch's counter, two per multiply-add.
+Operations are those of convolutions and matrix products, by torch's counter, two per multiply-add,
+as on a GPU: on a processor the averages of a block are convolutions, too, and would be counted.
 """
 
 from __future__ import annotations

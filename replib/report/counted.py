@@ -196,8 +196,9 @@ def of_rows(
     if unknown := sorted({*variants} - {*(loaded.variants or ())}):
         known = ", ".join(loaded.variants or ()) or "none"
         raise UserError(f"{table} {profile} has no variant {unknown[0]!r}; it has {known}.")
+    labels = {loaded.variants[name].label for name in variants}
     for name, row in loaded.rows.items():
-        if not row.hidden and (row.variant in variants or not variants):
+        if not row.hidden and (row.variant in labels or not variants):
             cell = Cell.model_validate(loaded.cell_of(name, loaded.seeds[0]))
             where = cell.network, images, cell.resized_crop
             yield row, cost(*where, ELSEWHERE), cost(*where, HERE)
