@@ -64,6 +64,7 @@ def cells_of(page: str) -> list[list[str]]:
     return [re.findall(r"<td>(.*?)</td>", line, re.S) for line in page.split("<tr>")[2:]]
 
 
+@pytest.mark.slow
 def test_the_layers_are_those_of_the_papers_tables(monkeypatch):
     paper = catalogue.work("repvgg").items
     few = {name: paper["table3"].networks[name] for name in ("repvgg_a0", "repvgg_b1")}
@@ -75,6 +76,7 @@ def test_the_layers_are_those_of_the_papers_tables(monkeypatch):
     assert [line[-1] for line in cells_of(counted.stages().data)] == ["<b>no</b>", "yes"]
 
 
+@pytest.mark.slow
 def test_a_network_is_counted_as_tables_count_it():
     one = NETWORKS["repvgg/table4"].networks["repvgg_a0"]
     found = counted.counted(one.network, one.classes, one.image_size)
@@ -100,6 +102,7 @@ def test_rows_of_a_profile_are_costed(monkeypatch):
         [*counted.of_rows("orepa-table2", "imagenet", 2, ["resnet19"])]
 
 
+@pytest.mark.slow
 def test_a_step_costs_more_where_branches_merge_after_training():
     network = ("digits", "orepa", 1.0, (), (), ())
     apart, here = (
@@ -110,6 +113,7 @@ def test_a_step_costs_more_where_branches_merge_after_training():
     assert apart.step > here.step > plain.step and apart.saved > here.saved > plain.saved
 
 
+@pytest.mark.slow
 def test_the_page_of_blocks_has_them_all():
     found = cells_of(counted.blocks(2, 8, 6).data)
     assert [line[0] for line in found] == [f"<b>{name}</b>" for name in BLOCKS]

@@ -8,7 +8,6 @@ KNOWN = (
     "vgg16",
     "vgg16_bn",
     "mobilenet_v2",
-    "regnet_x_3_2gf",
     *(f"efficientnet_b{size}" for size in (0, 2, 3, 4, 5)),
 )
 
