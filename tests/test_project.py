@@ -55,8 +55,8 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "networks", "branches",
     },
     "report": {
-        "benchmark", "experiments", "analysis", "training", "models", "blocks", "branches",
-        "kernels", "methods",
+        "benchmark", "experiments", "analysis", "training", "models", "fusing", "blocks",
+        "branches", "kernels", "methods",
     },
     "__main__": {"report", "benchmark", "tools", "experiments", "training", "parallel"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},

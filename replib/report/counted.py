@@ -19,8 +19,9 @@ from replib.analysis.cost import StepCost, layout, operations, step_cost
 from replib.benchmark.subjects import unsqueezed
 from replib.blocks import BLOCKS, RepBlock
 from replib.errors import UserError
-from replib.experiments.cells import deployed_copy, forward_flops, training_parameters
+from replib.experiments.cells import forward_flops, training_parameters
 from replib.experiments.params import Cell, Row, built, load_table
+from replib.fusing import fuse
 from replib.report import catalogue
 from replib.report.cycle_figures import finished
 from replib.report.figures import style
@@ -47,7 +48,7 @@ def counted(network: tuple, classes: int, side: int) -> dict[str, float]:
     of the training form's forward pass."""
     shape = (3, side, side)
     with torch.device("meta"):
-        deployed = deployed_copy(built(network, classes=classes, in_channels=3).eval())
+        deployed = fuse(built(network, classes=classes, in_channels=3).eval())
         direct, winograd = operations(deployed, shape)
     found = {
         "training_parameters": training_parameters(network, classes, 3),
@@ -106,7 +107,7 @@ def stages() -> HTML:
     items, lines = catalogue.work("repvgg").items, []
     for row, one in items["table3"].networks.items():
         with torch.device("meta"):
-            network = deployed_copy(built(one.network, classes=CLASSES, in_channels=3).eval())
+            network = fuse(built(one.network, classes=CLASSES, in_channels=3).eval())
         found = layout(network, (3, one.image_size, one.image_size))
         factors = {name: catalogue.number(f"repvgg/table3/{row}", name) for name in ("a", "b")}
         model = items["table3"].rows[row]["model"]
