@@ -60,6 +60,7 @@ def test_gradients_of_branches_by_hand():
     own(x).square().sum().backward()
     for chain, weight in zip(own.branches.values(), weights, strict=True):
         torch.testing.assert_close(chain[0].weight.grad, merged.grad, rtol=0, atol=1e-9)
+        assert chain[0].weight.data_ptr() != weight.data_ptr(), "training moves a copy"
         expected = (merged.grad * weight).sum((1, 2, 3))
         torch.testing.assert_close(chain[1].weight.grad, expected, rtol=0, atol=1e-9)
 

@@ -50,7 +50,7 @@ def shown(results: Results) -> HTML:
         part if isinstance(part, str) else image(*part)
         for part in DRAWN[results.table.measure](results, by_row(results))
     ]
-    return HTML("".join([*parts, provenance(results)]))
+    return HTML("".join(["<h2>What was measured</h2>", *parts, provenance(results)]))
 
 
 def by_row(results: Results) -> dict[str, list]:
@@ -181,7 +181,7 @@ def draw_similarity(results: Results, found: dict[str, list]) -> Shown:
             values = off_diagonal(found[row], measure)
             line(axis, range(len(values[0])), values, label=name(results, row), **look)
         axis.set_title(MEASURED[measure] + ", mean over pairs", fontsize="medium", loc="left")
-        axis.set_ylim(0, 1)
+        axis.set_ylim(0, None)
     blocks_of(axes[-1], list(next(iter(found.values()))[0]))
     beside(axes[0])
     yield "Similarity of branches by block, a line for each row of the table.", finished(figure)
@@ -280,7 +280,7 @@ def draw_magnitudes(results: Results, found: dict[str, list]) -> Shown:
     theirs = {row: np.reshape(numbers, (3, 3)) for row, numbers in known.items() if numbers}
     down = 1 + bool(theirs)
     figure, axes = plt.subplots(
-        down, len(found), figsize=(2.9 * len(found) + 0.8, 3.2 * down), squeeze=False
+        down, len(found), figsize=(2.9 * len(found) + 0.8, 2.9 * down + 0.3), squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -330,7 +330,7 @@ def draw_sparsity(results: Results, found: dict[str, list]) -> Shown:
             shares = 100 * np.array([float(share) for share in seeds[0][place]])
             values = 100 * np.array([[np.mean(a) for a in one[place].values()] for one in seeds])
             line(axis, shares, values, label=place, **look)
-            cells.append(spread(estimate((values[:, 0] - values[:, -1]).tolist())))
+            cells.append(spread(estimate((values[:, 0] - values[:, 1]).tolist())))
         axis.set_title(name(results, row), fontsize="medium", loc="left")
         axis.set_xlabel("weights set to zero, %")
         lines.append([bold(results, row), spread(estimate(values[:, 0].tolist())), *cells])
@@ -340,11 +340,11 @@ def draw_sparsity(results: Results, found: dict[str, list]) -> Shown:
         "Accuracy by the share of weights set to zero, for three places in the kernels.",
         (finished(figure)),
     )
-    last = f"{shares[-1]:g} %"
+    first = f"{shares[1]:g} %"
     header = [
         "",
         "accuracy, %",
-        *(f"lost with {last} at zero, {place}, points" for place in PLACES),
+        *(f"lost with {first} at zero, {place}, points" for place in PLACES),
     ]
     yield table_html(header, lines, "numbers") + SPREAD
 

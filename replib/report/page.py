@@ -393,8 +393,11 @@ class Page:
             other = self.table.rows[self.results.against(row)].label
             label = escape(self.table.rows[row].label)
             items.append(f"<li><b>{label}</b> over <i>{escape(other)}</i>: {escape(text)}.</li>")
-        if not items:
+        ran = self.results.own or self.results.published
+        if not items and not ran:
             return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
+        if not items:
+            items.append("<li>No gain: no row has been run beside the one that it is over.</li>")
         if self.results.fallback:
             items.insert(0, "<li>Published results; nothing was run on this machine.</li>")
         notes = [*self.table.notes, *self.kept, *self.diverged]
