@@ -551,6 +551,8 @@ def test_a_shortcut_keeps_one_map_more():
         "residual: maps at once, between layers": 2,
         "residual: maps at once, within a layer": 3,
     }
+    layer, x = nn.Conv2d(2, 2, 3, padding=1), torch.randn(1, 2, 4, 4)
+    assert torch.equal(shapes.Residual(layer)(x), layer(x) + x)
 
 
 def test_what_is_still_used_is_counted_and_what_is_not_is_not():
@@ -560,8 +562,11 @@ def test_what_is_still_used_is_counted_and_what_is_not_is_not():
         del kept  # the view still holds it
         torch.ones(1000)
         more = torch.ones(20)
-    assert watched.between == 4 * 10 and watched.within == 4 * 1010
-    assert watched.there() == 4 * 30 and view.numel() + more.numel() == 30
+        torch.ones(1)
+        del more
+        last = torch.ones(1)  # after the most that there was between two operations
+    assert watched.between == 4 * 30 and watched.within == 4 * 1010
+    assert watched.there() == 4 * 11 and view.numel() + last.numel() == 11
 
 
 def test_kernel_sizes_do_the_operations_that_torch_counts(monkeypatch):
