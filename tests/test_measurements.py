@@ -2,17 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
+from test_catalogue import papers_columns
 
 from replib.__main__ import main
 from replib.analysis.kernel_statistics import norm_slopes
 from replib.experiments import measurements
 from replib.experiments.cells import trained_model
-from replib.experiments.params import MEASURES
+from replib.experiments.params import MEASURES, load_table
 from replib.report import measured_figures
+from replib.report.catalogue import catalogue
 from replib.report.results import Results
 
 SLOW = {kind: pytest.mark.slow for kind in ("similarity", "sparsity", "conversion")}
@@ -146,3 +149,33 @@ def test_means_of_a_page_by_hand():
     assert measured_figures.means_where([[1, 5, 3], [2, 7, 4]], strided, True).startswith("6 <")
     assert measured_figures.means_where([[1, 5, 3]], strided, False) == "2"
     assert measured_figures.means_where([[1, 5, 3]], [False] * 3, True) == measured_figures.NONE
+
+
+def drawn_page(table: str, found: dict) -> str:
+    """The tables of what was measured of a table's rows, in the profile `quick`."""
+    loaded = load_table(ROOT / "params" / table / "quick.yaml", networks=False, cells=False)
+    drawn = measured_figures.DRAWN[loaded.measure](
+        SimpleNamespace(table=loaded), {n: found for n, r in loaded.rows.items() if not r.hidden}
+    )
+    return "".join(part for part in drawn if isinstance(part, str))
+
+
+def test_the_papers_magnitudes_stand_below_ours():
+    page = drawn_page(
+        "acnet-fig6", [{"magnitudes": [[0.25, 0.5, 0.25], [0.5, 1, 0.5], [0.25] * 3]}]
+    )
+    lines = re.findall(r"<tr><td>(.*?)</td></tr>", page)
+    shown = {line.split("</td><td>")[0]: line.split("</td><td>")[1:] for line in lines}
+    assert shown["<b>Plain</b>"] == ["1", "0.55", "0.25", "2.2"]
+    assert shown["<b>Plain</b>, in the paper"] == ["0.935", "0.873", "0.827", "1.06"]
+    assert shown["<b>ACNet</b>, in the paper"][0] == "1" and len(shown) == 6
+
+
+def test_the_papers_deviations_stand_beside_ours():
+    parts = {"overall": 0.5, "centre": 0.5, "surrounding": 0.25}
+    blocks = {"stage1.0.block": dict.fromkeys(("trained", "folded", "deployed"), parts)}
+    example = {"block": "stage1.0.block", "histograms": {}}
+    page = drawn_page("repopt-table11", [{"blocks": blocks, "example": example}])
+    rows = catalogue()["repopt"].items["table11"].rows.values()
+    read = [f"{row[c]:g}" for row in rows for c in ("overall", "central", "surrounding")]
+    assert papers_columns(page) == read and len(read) == 12

@@ -47,16 +47,16 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "blocks", "parallel", "narrowing",
     },
     "benchmark": {
-        "verification", "training", "methods", "official", "models", "convert", "fusing",
-        "networks", "blocks", "machine",
+        "analysis", "verification", "training", "methods", "official", "models", "convert",
+        "fusing", "networks", "blocks", "machine",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
         "networks", "branches",
     },
     "report": {
-        "benchmark", "experiments", "analysis", "training", "models", "blocks", "branches",
-        "kernels", "methods",
+        "benchmark", "experiments", "analysis", "training", "models", "fusing", "blocks",
+        "branches", "kernels", "methods",
     },
     "__main__": {"report", "benchmark", "tools", "experiments", "training", "parallel"},
     "__init__": {"blocks", "convert", "fusing", "official", "verification"},

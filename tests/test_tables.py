@@ -83,7 +83,7 @@ def keys(table, profile, row):
         (("orepa-fig7", "quick", "channel"), ("orepa-table3", "quick", "channel")),
         (("orepa-fig7", "quick", "none"), ("orepa-table3", "quick", "none")),
         (("dbb-fig5", "quick", "dbb"), ("dbb-table2", "quick", "resnet18_dbb")),
-        (("acnet-fig5", "quick", "acnet"), ("acnet-cifar", "bodies", "resnet56_acnet")),
+        (("acnet-fig5", "quick", "acnet"), ("acnet-fig6", "quick", "acnet")),
         (("acnet-fig6", "quick", "border"), ("acnet-fig5", "quick", "border")),
         (("repopt-table11", "quick", "repopt"), ("repopt-table4", "quick", "repopt")),
     ],

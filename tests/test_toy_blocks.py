@@ -32,6 +32,23 @@ def test_branches_under_one_scale_are_one_kernel_that_learns_faster(branches):
     assert max(shared.gradients_apart) < 1e-12
     assert own.gradients_apart[0] < 1e-12 < 1e-3 < own.gradients_apart[-1]
     assert shared.losses[-1] < shared.losses[0] / 2 and own.losses[-1] < own.losses[0] / 2
+    assert len(own.kernels) == len(own.losses) + 1 == 31, "the kernel after the last step too"
+
+
+def test_how_alike_kernels_are_is_their_cosine():
+    """In `shared` they move alike, from kernels that the seed draws; their difference stays."""
+    generator = torch.Generator().manual_seed(3)
+    _, _, first, second = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).flatten()
+        for shape in ((16, 4, 8, 8), *3 * [(4, 4, 3, 3)])
+    )
+    found = trained("shared", seed=3, steps=2)
+    assert found.kernels_alike[0] == pytest.approx(
+        (first @ second / first.norm() / second.norm()).item()
+    )
+    assert found.kernels_alike[1] != found.kernels_alike[0]
+    torch.testing.assert_close(found.kernels[0], (first + second) / 6, rtol=0, atol=1e-12)
+    assert trained("single", steps=2).kernels_alike == []
 
 
 def test_gradients_of_branches_by_hand():
@@ -43,6 +60,7 @@ def test_gradients_of_branches_by_hand():
     own(x).square().sum().backward()
     for chain, weight in zip(own.branches.values(), weights, strict=True):
         torch.testing.assert_close(chain[0].weight.grad, merged.grad, rtol=0, atol=1e-9)
+        assert chain[0].weight.data_ptr() != weight.data_ptr(), "training moves a copy"
         expected = (merged.grad * weight).sum((1, 2, 3))
         torch.testing.assert_close(chain[1].weight.grad, expected, rtol=0, atol=1e-9)
 

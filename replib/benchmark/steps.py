@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replib.analysis.cost import saved_bytes
 from replib.benchmark.agreement import (
     EXACT,
     GRADIENT,
@@ -34,7 +35,6 @@ from replib.benchmark.timing import (
     profile,
     quotients,
     rounded,
-    saved_bytes,
     seconds_of,
     slope,
     spread,

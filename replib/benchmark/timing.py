@@ -1,4 +1,4 @@
-"""Times and bytes of several things measured side by side, in turn, in one process."""
+"""Times of several things measured side by side, in turn, in one process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 MIN_ROUNDS = 3  # fewer have no spread
 ROUND_SECONDS = 0.03  # what takes less is repeated within a round, and the mean is taken
@@ -121,27 +120,6 @@ def slope(xs: Sequence[float], rounds: Sequence[Sequence[float]]) -> dict:
     return spread(
         [sum(w * math.log(y) for w, y in zip(weights, ys, strict=True)) / norm for ys in rounds]
     )
-
-
-# -- memory ---------------------------------------------------------------------------------------
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """Bytes of the storages that a forward pass keeps for the backward pass, each counted once.
-
-    Those of parameters, buffers and inputs are there anyway and are not counted.
-    """
-    there = (*model.parameters(), *model.buffers(), *inputs)
-    own = {tensor.untyped_storage()._cdata for tensor in there}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no place is given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 # -- where the time goes --------------------------------------------------------------------------

@@ -528,6 +528,8 @@ class Row(Strict):
     against: str | None = None  # the row that its gain is taken over
     as_long_as: str | None = None  # one phase with as many epochs as that row, parents included
     paper: Paper | None = None  # where the catalogue has the paper's numbers for it
+    # What is measured of it (a name that its measurement knows) -> PAPER/ITEM/ROW of the catalogue.
+    measured: dict[str, str] = {}
     hidden: bool = False  # trained for others (a teacher, a parent), not a row on the page
     variant: str | None = None  # the variant that it belongs to
 
@@ -553,22 +555,27 @@ class Claim(Strict):
     confidence: Literal["read", "recalled", "unknown"]
 
 
-class Counted(Strict):
-    """A network of the paper in its full size, which is counted and not trained."""
+class Network(Strict):
+    """A network in its full size, which is counted and not trained."""
 
-    label: str
     body: Body
     block: Block = "convbn"
     block_options: dict[str, Any] | None = None
     body_options: dict[str, Any] | None = None
     image_size: Positive  # FLOPs are those of an image of so many pixels a side
     classes: Positive = 1000
-    paper: Paper | None = None  # where the catalogue has the paper's numbers for it
 
     @property
     def network(self) -> tuple:
         """As `Cell.network`."""
         return network_of(self.body, self.block, 1.0, self.block_options, (), self.body_options)
+
+
+class Counted(Network):
+    """One of them as a row of a table."""
+
+    label: str
+    paper: Paper | None = None  # where the catalogue has the paper's numbers for it
 
 
 # How trained networks can be measured (replib.experiments.measurements): no part of any cell.

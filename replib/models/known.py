@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-KNOWN = ("vgg16_bn", "mobilenet_v2", *(f"efficientnet_b{size}" for size in (2, 3, 4, 5)))
+KNOWN = (
+    "vgg16",
+    "vgg16_bn",
+    "mobilenet_v2",
+    *(f"efficientnet_b{size}" for size in (0, 2, 3, 4, 5)),
+)
 
 
 def from_torchvision(name: str, *, classes: int, in_channels: int = 3) -> nn.Module:

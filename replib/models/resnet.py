@@ -18,7 +18,9 @@ RESNETS = {  # bottleneck, layers per stage, groups of the 3x3 convolutions
     "resnet34": (False, (3, 4, 6, 3), 1),
     "resnet50": (True, (3, 4, 6, 3), 1),
     "resnet101": (True, (3, 4, 23, 3), 1),
+    "resnet152": (True, (3, 8, 36, 3), 1),
     "resnext50_32x4d": (True, (3, 4, 6, 3), 32),
+    "resnext101_32x4d": (True, (3, 4, 23, 3), 32),
 }
 OREPA = {1: "orepa_1x1", 7: "orepa_stem"}  # the rest of the family
 

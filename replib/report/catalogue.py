@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from replib.errors import UserError
-from replib.experiments.params import QUANTITIES, Paper, Strict, parse_yaml, short
+from replib.experiments.params import QUANTITIES, Network, Paper, Strict, parse_yaml, short
 from replib.experiments.store import home
 
 # What an item is whose command trains nothing for it, or nothing that a verdict could be about.
 KINDS = ("counted", "drawn", "measured", "proved", "stated", "example")
 CONFIDENCE = Literal["read", "recalled", "unknown"]
+# What is counted of a network: the first two in millions, operations in billions of multiply-adds.
+COUNTS = ("training_parameters", "parameters", "flops", "multiplications")
 
 
 class Item(Strict):
@@ -45,6 +47,10 @@ class Item(Strict):
     rows: dict[str, dict[str, Any]] = Field(
         default_factory=dict
     )  # values by column; `_confidence`: by column, `_note`
+    networks: dict[str, Network] = Field(
+        default_factory=dict
+    )  # row -> the network that it is here, which is built and counted
+    counts: dict[Literal[COUNTS], str] = Field(default_factory=dict)  # -> the column that has it
 
     @model_validator(mode="after")
     def consistent(self):
@@ -62,6 +68,15 @@ class Item(Strict):
                     raise ValueError(
                         f"rows.{name}: no column {column!r}; there are {', '.join(self.columns)}"
                     )
+        for name in self.networks:
+            if name not in self.rows:
+                raise ValueError(
+                    f"networks.{name}: no row {name!r}; there are {', '.join(self.rows)}"
+                )
+        for name, column in self.counts.items():
+            if column not in self.columns:
+                have = ", ".join(self.columns)
+                raise ValueError(f"counts.{name}: no column {column!r}; there are {have}")
         return self
 
     @property

@@ -176,7 +176,8 @@ def spread(value: Estimate | None) -> str:
         return NONE
     if value.n < 2:
         return f"{value.mean:.3g}"
-    return f"{value.mean:.3g} <small>± {value.deviation:.1g}, n = {value.n}</small>"
+    deviation = float(f"{value.deviation:.1g}")  # 10, not 1e+01
+    return f"{value.mean:.3g} <small>± {deviation:g}, n = {value.n}</small>"
 
 
 def short(block: str) -> str:

@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from replib.analysis.kernel_statistics import PARTS, PLACES, STEPS
 from replib.analysis.similarity import MEASURES
 from replib.analysis.statistics import estimate
 from replib.experiments import measurements
+from replib.report import catalogue
 from replib.report.cycle_figures import finished, looks
 from replib.report.figures import name, style
 from replib.report.layer_figures import SPREAD, short, spread
-from replib.report.page import NONE, escape, relative, table_html
+from replib.report.page import NONE, escape, filled, relative, table_html
 from replib.report.results import Results
 
 WIDEST = 8  # heat maps in a line
@@ -29,6 +31,7 @@ MEASURED = {
     "outputs": "cosine of branch outputs",
     "cka": "linear CKA of branch outputs",
 }
+IN_PAPER = {"overall": "overall", "centre": "central", "surrounding": "surrounding"}  # columns
 Shown = Iterator[tuple[str, Figure] | str]  # (what the figure shows, in words; the figure), or HTML
 
 
@@ -47,7 +50,7 @@ def shown(results: Results) -> HTML:
         part if isinstance(part, str) else image(*part)
         for part in DRAWN[results.table.measure](results, by_row(results))
     ]
-    return HTML("".join([*parts, provenance(results)]))
+    return HTML("".join(["<h2>What was measured</h2>", *parts, provenance(results)]))
 
 
 def by_row(results: Results) -> dict[str, list]:
@@ -70,6 +73,15 @@ def image(said: str, figure: Figure) -> str:
 def bold(results: Results, row: str) -> str:
     """The row's label as it stands in a table."""
     return f"<b>{escape(results.table.rows[row].label)}</b>"
+
+
+def papers(results: Results, row: str, what: str, columns: Iterable[str]) -> list[float] | None:
+    """What the paper has in these columns for what is measured of a row, or None.
+
+    Raises: UserError for a number that was not read in its source.
+    """
+    reference = results.table.rows[row].measured.get(what)
+    return reference and [catalogue.number(reference, column) for column in columns]
 
 
 def line(axis: plt.Axes, at: object, values: list[list[float]], **look) -> None:
@@ -169,7 +181,7 @@ def draw_similarity(results: Results, found: dict[str, list]) -> Shown:
             values = off_diagonal(found[row], measure)
             line(axis, range(len(values[0])), values, label=name(results, row), **look)
         axis.set_title(MEASURED[measure] + ", mean over pairs", fontsize="medium", loc="left")
-        axis.set_ylim(0, 1)
+        axis.set_ylim(0, None)
     blocks_of(axes[-1], list(next(iter(found.values()))[0]))
     beside(axes[0])
     yield "Similarity of branches by block, a line for each row of the table.", finished(figure)
@@ -262,26 +274,48 @@ def examples(strides: list[int]) -> list[int]:
 
 # -- positions of a kernel -------------------------------------------------------------------------
 def draw_magnitudes(results: Results, found: dict[str, list]) -> Shown:
-    figure, axes = plt.subplots(1, len(found), figsize=(2.9 * len(found) + 0.8, 3.2), squeeze=False)
-    lines = []
-    for axis, (row, seeds) in zip(axes[0], found.items(), strict=True):
-        grids = np.array([one["magnitudes"] for one in seeds])
-        mean = grids.mean(axis=0)
-        picture = axis.imshow(mean, cmap="viridis", vmin=0, vmax=1)
-        for h, w in np.ndindex(*mean.shape):
-            colour = "black" if mean[h, w] > 0.6 else "white"
-            axis.text(w, h, f"{mean[h, w]:.3f}", ha="center", va="center", color=colour)
+    grids = {row: np.array([one["magnitudes"] for one in seeds]) for row, seeds in found.items()}
+    columns = [f"r{i}c{j}" for i in (1, 2, 3) for j in (1, 2, 3)]
+    known = {row: papers(results, row, "magnitudes", columns) for row in found}
+    theirs = {row: np.reshape(numbers, (3, 3)) for row, numbers in known.items() if numbers}
+    down = 1 + bool(theirs)
+    figure, axes = plt.subplots(
+        down, len(found), figsize=(2.9 * len(found) + 0.8, 2.9 * down + 0.3), squeeze=False
+    )
+    for axis in axes.flat:
         axis.set_axis_off()
-        axis.set_title(name(results, row), fontsize="medium")
-        corners = grids[:, ::2, ::2].mean(axis=(1, 2))
-        skeleton = (grids.sum(axis=(1, 2)) - 4 * corners) / 5
-        values = grids[:, 1, 1], skeleton, corners, skeleton / corners
-        lines.append([bold(results, row), *(spread(estimate(v.tolist())) for v in values)])
+    lines = []
+    for i, (row, seeds) in enumerate(grids.items()):
+        picture = grid(axes[0, i], seeds.mean(axis=0), name(results, row))
+        values = (spread(estimate(column.tolist())) for column in by_place(seeds))
+        lines.append([bold(results, row), *values])
+        if row in theirs:
+            grid(axes[1, i], theirs[row], f"{name(results, row)}: in the paper")
+            values = (f"{column[0]:.3g}" for column in by_place(theirs[row][None]))
+            lines.append([f"{bold(results, row)}, in the paper", *values])
     figure.colorbar(picture, ax=axes, label="Σ |w|, over the layer's largest", shrink=0.8)
     plt.close(figure)
     yield "Mean magnitude of 3 × 3 kernels by position, a grid for each row of the table.", figure
     header = ["", "centre", "skeleton, mean", "corners, mean", "skeleton over corners"]
     yield table_html(header, lines, "numbers") + SPREAD
+
+
+def grid(axis: plt.Axes, values: np.ndarray, title: str) -> AxesImage:
+    """A kernel's positions as squares, with their numbers."""
+    picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    for (h, w), value in np.ndenumerate(values):
+        colour = "black" if value > 0.6 else "white"
+        axis.text(w, h, f"{value:.3f}", ha="center", va="center", color=colour)
+    axis.set_title(title, fontsize="medium")
+    return picture
+
+
+def by_place(grids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of grids (n, 3, 3): the centre, the means of the skeleton (which has the centre) and of the
+    corners, and the ratio of these means; each (n,)."""
+    corners = grids[:, ::2, ::2].mean(axis=(1, 2))
+    skeleton = (grids.sum(axis=(1, 2)) - 4 * corners) / 5
+    return grids[:, 1, 1], skeleton, corners, skeleton / corners
 
 
 # -- weights set to zero ---------------------------------------------------------------------------
@@ -296,7 +330,7 @@ def draw_sparsity(results: Results, found: dict[str, list]) -> Shown:
             shares = 100 * np.array([float(share) for share in seeds[0][place]])
             values = 100 * np.array([[np.mean(a) for a in one[place].values()] for one in seeds])
             line(axis, shares, values, label=place, **look)
-            cells.append(spread(estimate((values[:, 0] - values[:, -1]).tolist())))
+            cells.append(spread(estimate((values[:, 0] - values[:, 1]).tolist())))
         axis.set_title(name(results, row), fontsize="medium", loc="left")
         axis.set_xlabel("weights set to zero, %")
         lines.append([bold(results, row), spread(estimate(values[:, 0].tolist())), *cells])
@@ -306,11 +340,11 @@ def draw_sparsity(results: Results, found: dict[str, list]) -> Shown:
         "Accuracy by the share of weights set to zero, for three places in the kernels.",
         (finished(figure)),
     )
-    last = f"{shares[-1]:g} %"
+    first = f"{shares[1]:g} %"
     header = [
         "",
         "accuracy, %",
-        *(f"lost with {last} at zero, {place}, points" for place in PLACES),
+        *(f"lost with {first} at zero, {place}, points" for place in PLACES),
     ]
     yield table_html(header, lines, "numbers") + SPREAD
 
@@ -337,14 +371,20 @@ def draw_conversion(results: Results, found: dict[str, list]) -> Shown:
         for step in STEPS:
             spreads = [one["blocks"][example["block"]].get(step) for one in seeds]
             if all(spreads):
+                theirs = papers(results, row, step, IN_PAPER.values()) or [None] * len(PARTS)
                 values = [spread(estimate([s[part] for s in spreads])) for part in PARTS]
-                lines.append([bold(results, row), STEPS[step], *values])
+                read = (NONE if value is None else f"{value:g}" for value in theirs)
+                pairs_of = (cell for pair in zip(values, read, strict=True) for cell in pair)
+                lines.append([bold(results, row), STEPS[step], *pairs_of])
     for axis in axes[-1]:
         axis.set_xlabel("weight")
     beside(axes[0, -1])
     block = escape(brief(example["block"]))
-    header = ["", "kernel", *(f"deviation, {part}" for part in PARTS)]
-    yield f"<p>The kernel of block {block}.</p>" + table_html(header, lines, "numbers") + SPREAD
+    header = ["", "kernel"]
+    for part in PARTS:
+        header += [f"deviation, {part}", "in the paper"]
+    shown = table_html(*filled(header, lines), "numbers")
+    yield f"<p>The kernel of block {block}.</p>{shown}{SPREAD}"
     yield "Histograms of one kernel: all weights, the central ones, those around.", finished(figure)
     figure, axis = plt.subplots(figsize=(9, 3.4))
     for row, look in looks(list(found)).items():

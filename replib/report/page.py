@@ -51,6 +51,12 @@ def table_html(header: Sequence[str], lines: Sequence[Sequence[str]], css: str =
     )
 
 
+def filled(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns of which no line says anything."""
+    kept = [i for i in range(len(header)) if any(line[i] != NONE for line in lines)]
+    return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
 def number(value: float | None, digits: int = 0) -> str:
     """A number with thin thousands, or a dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -258,10 +264,7 @@ class Page:
         header = ["", "image", "training parameters, 10⁶", "in the paper"]
         header += ["deployed, 10⁶", "in the paper", "multiply-adds, 10⁹", "in the paper"]
         header += ["accuracy in the paper, %"]
-        # A column of which no paper says anything is left out.
-        kept = [i for i in range(len(header)) if any(line[i] != NONE for line in lines)]
-        lines = [[line[i] for i in kept] for line in lines]
-        shown = table_html([header[i] for i in kept], lines, "numbers")
+        shown = table_html(*filled(header, lines), "numbers")
         note = (
             "<p><small>Counted on the networks as they are built here, deployed, on one image; "
             "convolutions and matrix products.</small></p>"
@@ -390,8 +393,11 @@ class Page:
             other = self.table.rows[self.results.against(row)].label
             label = escape(self.table.rows[row].label)
             items.append(f"<li><b>{label}</b> over <i>{escape(other)}</i>: {escape(text)}.</li>")
-        if not items:
+        ran = self.results.own or self.results.published
+        if not items and not ran:
             return HTML("<p>Nothing yet: no row of this table has been run on this machine.</p>")
+        if not items:
+            items.append("<li>No gain: no row has been run beside the one that it is over.</li>")
         if self.results.fallback:
             items.insert(0, "<li>Published results; nothing was run on this machine.</li>")
         notes = [*self.table.notes, *self.kept, *self.diverged]
