@@ -111,6 +111,12 @@ def test_published_numbers_without_their_evidence_are_not_shown(at):
     main(["publish", "norm_slopes9", "--profile", "tiny"])
     where = "norm_slopes9", "tiny", results.table, results.plan, results.store
     assert measurements.published(*where) == first
+    path = measurements.path_of(results.store, *where[:2], published=True)
+    text = path.read_text()
+    path.write_text(text.replace('"version":', '"version":1'))
+    assert measurements.published(*where) is None, "another way to measure"
+    path.write_text(text)
+    assert measurements.published(*where) == first
     results.store.published_path(first["cells"][1]["key"]).unlink()
     assert measurements.published(*where) is None
 
