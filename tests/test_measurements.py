@@ -99,9 +99,13 @@ def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch)
     other["cells"][0]["result_sha256"] = "of other weights"
     path.write_text(json.dumps(other))
     again = [results.measure("cpu")]
-    path.write_text("{}")
-    again.append(results.measure("cpu"))
-    assert len(asked) == 3 * made
+    other = json.loads(path.read_text())
+    short = json.dumps(other | {"found": other["found"][:-1]})
+    other["settings"]["version"] += 1  # measured in another way
+    for damaged in (json.dumps(other), short, "{}"):
+        path.write_text(damaged)
+        again.append(results.measure("cpu"))
+    assert len(asked) == 5 * made
     assert all(one["found"] == first["found"] for one in again)
 
 
