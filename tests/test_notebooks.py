@@ -193,6 +193,8 @@ SHORTER = {  # training runs that are as long as a reader's needs to be
     "large-kernels-in-your-own-model": ["epochs=2"],
     "why-it-may-work": ["noisy_epochs=5", "base_epochs=3", "epochs=2", "warmup=1", "cycles=2"],
     "proof-precision": ["channels=8"],
+    "network-sizes": ["items=[repmlp/table2]"],
+    "training-costs": ["profile=smoke", "networks=[]"],
 }
 
 

@@ -201,7 +201,7 @@ def of_rows(
     for name, row in loaded.rows.items():
         if not row.hidden and (row.variant in labels or not variants):
             cell = Cell.model_validate(loaded.cell_of(name, loaded.seeds[0]))
-            where = cell.network, images, cell.resized_crop
+            where = cell.network, images, cell.resized_crop or cell.image_size
             yield row, cost(*where, ELSEWHERE), cost(*where, HERE)
 
 
