@@ -209,7 +209,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def wanted(arguments: argparse.Namespace, store) -> tuple:
-    """(plan, store, its title, how far the queue is: a function) of what is to be trained."""
+    """(plan, store, title, what is said at the end: a function) of what is to be trained."""
     from replib.experiments import queue
     from replib.report.results import Results
 
@@ -225,7 +225,12 @@ def wanted(arguments: argparse.Namespace, store) -> tuple:
         missing = "--list is of a queue" if arguments.table else "no table is named"
         raise UserError(f"run: {missing}: say run TABLE, or run --queue FILE.")
     results = Results(arguments.table, arguments.profile, arguments.set)
-    return results.plan, store, f"{results.id} {results.profile}:", list
+
+    def measured() -> list[str]:
+        there = results.measure(arguments.device) is not None
+        return ["The trained networks are measured."] if there else []
+
+    return results.plan, store, f"{results.id} {results.profile}:", measured
 
 
 def write_bundle(path: Path, evidence: list[dict], compact) -> None:

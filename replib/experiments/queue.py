@@ -120,6 +120,9 @@ def save_states(plan: Plan, store: Store, bundle: Path) -> list[Path]:
             target = states_folder(bundle) / f"{source.parent.name}-{name}.ckpt"
             write_bytes(target, source.read_bytes())
             out.append(target)
+    for path in states_folder(bundle).glob("*.ckpt"):
+        if path not in out:  # of a cell that has been finished since
+            path.unlink()
     return sorted(out)
 
 
