@@ -165,7 +165,7 @@ def test_another_machine_goes_on(project, in_process, tmp_path, monkeypatch, cap
 
     bundle = tmp_path / "out" / "results.json"
     for _ in range(50):
-        out = on("one", "--budget-seconds", "0.2", "--out", str(bundle))
+        out = on("one", "--budget-seconds", "0.001", "--out", str(bundle))
         if "1 of 2 cells" in out and out.count("to go on from") == 2:
             break
     assert {p.name.partition("-")[2] for p in queue.states_folder(bundle).iterdir()} == {
