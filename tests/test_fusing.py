@@ -60,6 +60,7 @@ def test_no_class_of_this_library_is_left_in_any_body(body):
     assert len(proof.blocks) >= 4
 
 
+@pytest.mark.slow
 def test_the_deployed_network_is_loaded_where_this_library_is_not_installed(tmp_path):
     """In a process of its own, in which importing replib fails."""
     torch.manual_seed(0)

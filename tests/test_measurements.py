@@ -49,6 +49,7 @@ def test_there_is_a_figure_and_a_measurement_of_every_kind():
     assert set(MEASURES) == set(measurements.KINDS) == set(measured_figures.DRAWN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW.get(k, ())) for k in MEASURES])
 def test_a_page_is_the_same_from_a_published_file(kind, at, monkeypatch, capsys):
     monkeypatch.setattr(measurements, "SHARES", (0.0, 0.4))

@@ -150,6 +150,7 @@ def test_links_lead_to_files(page):
     assert page.name in offline(page.with_name("index.html")).all("href")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_notebook_leaves_the_old_page(page, home, capfd):
     """Data that only the notebook's kernel looks for: one line, and the old page stays."""
     before, files = page.read_bytes(), sorted(page.parent.iterdir())
