@@ -69,6 +69,7 @@ def test_bad_setting(case, project, capfd):
     refused(capfd, ["run", "table2", "--set", setting], named)
 
 
+@pytest.mark.slow
 def test_in_a_shell(shared_project):
     """The same through a real process: status, and nothing else on standard error."""
     status, out, error = shared_project.run("run", "table2", "--set", "cell.batchsize=3")

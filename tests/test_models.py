@@ -200,6 +200,7 @@ def test_sets_and_gate_of_repmlpnet_are_counted_as_in_its_table_3(sets, gated, m
     assert size(fuse(model.eval())) // 100_000 / 10 == millions
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "body, block, options, pixels",

@@ -265,6 +265,7 @@ def test_other_files_are_refused_in_one_line(content, tmp_path):
         precision.read(tmp_path / "absent.json")
 
 
+@pytest.mark.slow
 def test_the_command_needs_torch_alone(tmp_path):
     """As on a bare GPU machine: nothing else that the project depends on is imported."""
     out = tmp_path / "out.json"

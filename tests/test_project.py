@@ -107,6 +107,7 @@ def test_nothing_imports_notebooks():
         assert not re.search(r"^\s*(from|import)\s+notebooks", path.read_text(), re.M), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -93,6 +93,7 @@ def test_rows_that_are_the_same_are_trained_once(one, other):
     assert keys(*one) == keys(*other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", OTHERS)
 def test_profiles_on_digits_are_planned_and_differ_row_from_row(table):
     """Every row is another cell, so that no difference of a table is a slip in its file."""
