@@ -129,6 +129,20 @@ def test_distillation_follows_the_real_teacher(ran, monkeypatch):
     assert losses[-1].requires_grad and want.std() > 0.01
 
 
+def test_a_split_seed_gives_every_seed_the_same_images():
+    def images(**given):
+        return [
+            split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)
+        ]
+
+    for protocol in ("clean", "paper"):
+        one, two = images(split_seed=7, protocol=protocol)
+        assert torch.equal(one.train, two.train) and torch.equal(one.validation, two.validation)
+    own, other = images()
+    assert not torch.equal(own.train, other.train) and not torch.equal(own.train, one.train)
+    assert torch.equal(own.train, images(split_seed=0)[1].train)
+
+
 def test_every_seed_draws_its_own_initialisation_split_and_redraw():
     one, two = (Cell.model_validate(CELL | {"seed": seed}) for seed in (0, 1))
     first, second = (new_model(cell).state_dict() for cell in (one, two))

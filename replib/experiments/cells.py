@@ -293,7 +293,7 @@ def split_of(cell: Cell) -> Splits:
         images=cell.train_images,
         held_out=cell.held_out,
         protocol=cell.protocol,
-        seed=cell.seed,
+        seed=cell.seed if cell.split_seed is None else cell.split_seed,
     )
 
 

@@ -135,6 +135,7 @@ class Cell(Strict):
     image_resize: Positive | None = None  # the shorter side before that crop (224 of 256, say)
     classes: Positive | None = None  # of an image folder: the first ones by name; None: all
     train_images: Positive | None = None  # drawn anew for every seed; None: all
+    split_seed: Count | None = None  # draws the same training and held-out images for every seed
     held_out: Count = 0  # of these, images that select the checkpoint (clean protocol)
     protocol: Literal["clean", "paper"] = "clean"
     views: list[View] = []  # of the test images, on which the deployed network is tested too

@@ -8,9 +8,10 @@ Images are decoded into memory, up to RESIDENT_BYTES for training and test image
 image folder stays on disk, as a `loader.Folder`. The rule asks the data, not the machine, so that a
 cell is the same everywhere; `resident` overrides it.
 
-The test split is fixed. Training images are drawn from the training split anew for every seed;
-under the `clean` protocol a part of them is held out and selects the checkpoint, under `paper`
-(as RepAn published) nothing is held out and the test split selects.
+The test split is fixed. Training images are drawn from the training split anew for every seed, or,
+by a `split_seed`, the same for all; under the `clean` protocol a part of them is held out and
+selects the checkpoint, under `paper` (as RepAn published) nothing is held out and the test split
+selects.
 """
 
 from __future__ import annotations
