@@ -4,9 +4,11 @@ PROFILE ?= quick
 SET ?=
 BIN := .venv/bin
 export REPLIB_SET := $(value SET)
+export REPLIB_EXECUTOR := $(value EXECUTOR)
+export REPLIB_SLURM := $(value SLURM)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce list reports proofs figure bench bench-gpu lab test test-all check clean
+.PHONY: help setup reproduce list reports proofs figure bench bench-gpu lab test test-all test-slurm check clean
 
 ## help                 this list
 help:
@@ -14,6 +16,7 @@ help:
 
 ## reproduce-ID         train what is missing and leave reports/ID-PROFILE.html
 ##                      [PROFILE=quick] [SET="key=value key=value"]
+##                      [EXECUTOR=slurm [SLURM="partition=P time=MINUTES gpus=1"]]: on a cluster
 reproduce-%: .venv/ready
 	@$(BIN)/python -m replib reproduce '$*' --profile '$(PROFILE)'
 
@@ -60,6 +63,10 @@ test: .venv/ready
 ## test-all             all tests
 test-all: .venv/ready
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+## test-slurm           the tests on a Slurm of their own, on this machine (docs/cluster.md)
+test-slurm: .venv/ready
+	$(BIN)/python -m pytest -q -rs tests/test_slurm.py
 
 ## check                formatting and lint
 check: .venv/ready

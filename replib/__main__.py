@@ -52,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, help="worker processes (default: all cores)")
         command.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
         command.add_argument("--compile", choices=COMPILE, help=COMPILE_HELP)
+        text = "where cells are trained: local, on this machine (default), or slurm, as jobs of it"
+        command.add_argument("--executor", choices=("local", "slurm"), help=text)
+        text = "of --executor slurm: partition, time (minutes), gpus, cpus, cells (per job), ..."
+        command.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help=text)
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     run.add_argument(
         "--checkpoint-seconds", type=float, default=15, help="at most so much is done twice"
@@ -195,6 +199,8 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
         device=arguments.device,
         compile=arguments.compile or "auto",
+        executor=arguments.executor or "local",
+        slurm=arguments.slurm,
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
     if arguments.out:
@@ -244,26 +250,36 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
     workers = positive("--workers", arguments.workers)
     budget = positive("--budget-seconds", arguments.budget_seconds)
+    settings = arguments.set + from_make("REPLIB_SET")
+    slurm = arguments.slurm + from_make("REPLIB_SLURM")
+    executor = arguments.executor or os.environ.get("REPLIB_EXECUTOR") or "local"
     for name, value in (
         ("REPLIB_WORKERS", workers),
         ("REPLIB_BUDGET_SECONDS", budget),
         ("REPLIB_COMPILE", arguments.compile),
+        ("REPLIB_EXECUTOR", executor),
+        ("REPLIB_SLURM", " ".join(slurm)),
     ):
         if value is not None:
             os.environ[name] = str(value)
-    # `make` hands its SET over as one text: key=value after key=value, values may hold spaces.
-    text = os.environ.get("REPLIB_SET", "").strip()
-    settings = re.split(r"\s+(?=[\w.]+=)", text) if text else []
-    settings = arguments.set + settings
     if arguments.more:
         names = list(dict.fromkeys([arguments.table, *arguments.more]))
         options = {"workers": workers, "budget_seconds": budget}
         options["compile"] = arguments.compile or "auto"
+        if executor != "local" or slurm:
+            options |= {"executor": executor, "slurm": slurm}
         for page in reproduce_all(names, arguments.profile, settings, **options):
             print(f"The report: {page}")
         return
     page = reproduce(arguments.table, arguments.profile, settings)
     print(f"The report: {page}")
+
+
+def from_make(name: str) -> list[str]:
+    """What `make` hands over as one text: key=value after key=value, values may hold spaces."""
+    from replib.experiments.params import in_parts
+
+    return in_parts(os.environ.get(name, ""))
 
 
 def publish(arguments: argparse.Namespace) -> None:

@@ -481,8 +481,8 @@ def run_cell(
             say=say,
         )
         asked += passes
-    if resume:
-        tick(len(resume["progress"]["history"]))  # so that the bar begins where the run goes on
+    if resume and (done := len(resume["progress"]["history"])):
+        tick(done)  # so that the bar begins where the run goes on
 
     def keep(state: dict) -> None:
         seconds = spent + time.monotonic() - started

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from replib import parallel
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, cost_of, run_cell
+from replib.experiments.claims import Claim, Claims, slurm_job
 from replib.experiments.packing import Packing
 from replib.experiments.store import Store
 from replib.training.checkpoint import write_bytes
@@ -29,6 +32,8 @@ from replib.training.loop import OutOfTime
 from replib.training.step import chosen
 
 GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
+EXECUTORS = ("local", "slurm")
+ASK = 2  # seconds between two looks at a cell that another process trains
 _ticks = None  # set in each worker by its initializer
 
 
@@ -57,6 +62,9 @@ def start_worker(ticks, threads: int) -> None:
     global _ticks
     _ticks = ticks
     settle(threads)
+    if slurm_job():  # which warns all processes of a job; this one works on until it is killed
+        for warning in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(warning, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -123,35 +131,8 @@ def urgency(missing: list[Planned], costs: dict[str, float]) -> dict[str, float]
     return out
 
 
-def run_plan(
-    plan: Plan,
-    store: Store,
-    *,
-    workers: int | None = None,
-    device: str | None = None,
-    compile: str = "auto",
-    budget_seconds: float | None = None,
-    checkpoint_seconds: float = 15,
-    title: str = "",
-) -> Outcome:
-    """Train the missing cells, parents before children, with progress and time left.
-
-    workers: cells at once; by default one for each core, on a GPU as many as make them faster
-    (`packing`). compile: of replib.training.step.MODES.
-    budget_seconds: new cells are started until it is over, whether or not they can finish; then
-    each writes its checkpoint after the step it is at. One that has not, `GRACE` seconds later, is
-    stopped, and goes on from the checkpoint before. May be 0 or less: one step of each worker.
-    It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
-    Where torchrun has started several processes, they train the cells together, one by one.
-    Raises: UserError where results cannot be written, or a worker died.
-    """
-    started, device = time.monotonic(), device_here(device)
-    deadline = None if budget_seconds is None else started + budget_seconds
-    missing = plan.missing(store)
-    present = len(plan.cells) - len(missing)
-    if not missing:
-        return Outcome(0, present, 0)
-    chosen(compile, device, flops=0, steps=0)  # refuses what this device does not have
+def check_writable(store: Store) -> None:
+    """Raises: UserError where results cannot be written."""
     try:
         store.runs.mkdir(parents=True, exist_ok=True)
         probe = store.runs / f".writable.{os.getpid()}"
@@ -162,6 +143,55 @@ def run_plan(
             f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
             "permissions."
         ) from None
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    compile: str = "auto",
+    budget_seconds: float | None = None,
+    checkpoint_seconds: float = 15,
+    title: str = "",
+    executor: str = "local",
+    slurm: Sequence[str] = (),
+) -> Outcome:
+    """Train the missing cells, parents before children, with progress and time left.
+
+    executor: "local", this machine; or "slurm", whose jobs do the same each on its node: all that
+    follows holds there too, `replib.experiments.slurm` says what differs, and what `slurm` may be.
+
+    workers: cells at once; by default one for each core, on a GPU as many as make them faster
+    (`packing`). compile: of replib.training.step.MODES.
+    budget_seconds: new cells are started until it is over, whether or not they can finish; then
+    each writes its checkpoint after the step it is at. One that has not, `GRACE` seconds later, is
+    stopped, and goes on from the checkpoint before. May be 0 or less: one step of each worker.
+    It can be killed at any moment: finished cells stay, started ones go on from their checkpoint.
+    Several runs may share a store, on one machine or many: each cell is trained by one of them at
+    a time (replib.experiments.claims), and the others wait for it where they need it.
+    Where torchrun has started several processes, they train the cells together, one by one.
+    Raises: UserError where results cannot be written, or a worker died.
+    """
+    if executor not in EXECUTORS:
+        raise UserError(f"executor (={executor!r}) must be one of {', '.join(EXECUTORS)}.")
+    if executor == "slurm":
+        from replib.experiments.slurm import run_on_slurm
+
+        options = {"workers": workers, "device": device, "compile": compile, "title": title}
+        options |= {"budget_seconds": budget_seconds, "checkpoint_seconds": checkpoint_seconds}
+        return run_on_slurm(plan, store, slurm=slurm, **options)
+    if slurm:
+        raise UserError(f"--slurm {slurm[0]} is for --executor slurm, which is not asked for.")
+    started, device = time.monotonic(), device_here(device)
+    deadline = None if budget_seconds is None else started + budget_seconds
+    missing = plan.missing(store)
+    present = len(plan.cells) - len(missing)
+    if not missing:
+        return Outcome(0, present, 0)
+    chosen(compile, device, flops=0, steps=0)  # refuses what this device does not have
+    check_writable(store)
     if parallel.processes() > 1:
         options = {"device": device, "compile": compile, "deadline": deadline}
         options["checkpoint_seconds"] = checkpoint_seconds
@@ -173,6 +203,7 @@ def run_plan(
     packed = device.startswith("cuda") and workers is None and most > 1
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}
+    claims, held, asked = Claims(), {}, {}  # key -> our claim; key -> when another's was seen
     trained, stopped, begun = 0, 0, None
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
@@ -197,6 +228,21 @@ def run_plan(
                 blocked = any(p in waiting or p in now_running for p in planned.parents.values())
                 if late or blocked or len(running) >= limit:
                     continue
+                if key in asked and time.monotonic() - asked[key] < ASK:
+                    continue
+                claim = claims.take(store.folder(key))
+                if claim is None:
+                    if key not in asked:
+                        bar.write(f"cell {key[:16]}: another process trains it", file=sys.stderr)
+                    asked[key] = time.monotonic()
+                    continue
+                if finished_since(key, store):
+                    claim.release(finished=True)
+                    bar.update(planned.epochs)
+                    present += 1
+                    del waiting[key]
+                    continue
+                held[key] = claim
                 family = {k: plan.cells[k] for k in (key, *planned.parents.values())}
                 options = {
                     "device": device,
@@ -216,9 +262,14 @@ def run_plan(
                 order = {key: (plan.turn.get(key, 0), -first[key]) for key in waiting}
                 waiting = {key: waiting[key] for key in sorted(waiting, key=order.get)}
             if not running:
-                break
+                if late or not waiting:
+                    break
+                time.sleep(0.3)  # for another process
+                continue
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
-            for key, _epochs, now, memory in drain(ticks, bar):
+            for key, epochs, now, memory in drain(ticks, bar):
+                if key in held:
+                    held[key].epochs += epochs
                 if packing is not None and key in now_running and memory is not None:
                     packing.memory(len(now_running), *memory)
                     epoch = costs[key] / plan.cells[key].epochs
@@ -226,6 +277,7 @@ def run_plan(
             for future in done:
                 end, planned = future.result(), running.pop(future)
                 trained += end == "finished"
+                held.pop(planned.key).release(finished=end == "finished")
                 stopped += end == "late"
                 if end == "crowded":
                     if packing is None or len(now_running) == 1:
@@ -251,9 +303,16 @@ def run_plan(
     finally:
         bar.close()
         for process in list((pool._processes or {}).values()):
-            process.terminate()  # nothing is lost: see the docstring
+            process.kill()  # nothing is lost: see the docstring
         pool.shutdown(wait=True, cancel_futures=True)
+        for claim in held.values():
+            claim.release()
     return Outcome(trained, present, stopped + len(running) + len(waiting))
+
+
+def finished_since(key: str, store: Store) -> bool:
+    """Whether another process has finished a cell since it was planned."""
+    return store.read(key) is not None and store.has_weights(key)
 
 
 def one_by_one(
@@ -262,25 +321,54 @@ def one_by_one(
     """The missing cells, each trained by all processes together (replib.parallel)."""
     settle(1)
     present, quiet = len(plan.cells) - len(missing), parallel.place() > 0
-    total = sum(planned.epochs for planned in missing)
+    total, claims, trained = sum(planned.epochs for planned in missing), Claims(), 0
     title = f"{title} {len(missing)} cells".strip()
     with tqdm(total=total, desc=title, unit="epoch", disable=quiet, file=sys.stdout) as bar:
         for done, planned in enumerate(missing):  # parents come first
             parallel.wait()  # for files of the first process
+            claim, there = claimed_together(planned.key, claims, store)
+            if there:
+                bar.update(planned.epochs)
+                continue
+
+            def tick(resumed: int = 0, claim=claim) -> None:
+                bar.update(resumed or 1)
+                if claim is not None:
+                    claim.epochs += resumed or 1
+
+            end = False
             try:
                 run_cell(
                     planned,
                     plan.cells,
                     store,
-                    tick=lambda resumed=0: bar.update(resumed or 1),
+                    tick=tick,
                     say=(lambda text: None) if quiet else bar.write,
                     decoders=max(1, cores() // parallel.processes()),
                     **options,
                 )
+                end, trained = True, trained + 1
             except OutOfTime:
-                return Outcome(done, present, len(missing) - done)
+                return Outcome(trained, present + done - trained, len(missing) - done)
+            finally:
+                if claim is not None:
+                    claim.release(finished=end)
     parallel.wait()
-    return Outcome(len(missing), present, 0)
+    return Outcome(trained, present + len(missing) - trained, 0)
+
+
+def claimed_together(key: str, claims: Claims, store: Store) -> tuple[Claim | None, bool]:
+    """(the claim, in the first process; whether another run has finished the cell since)."""
+    while True:
+        first = parallel.place() == 0
+        claim = claims.take(store.folder(key)) if first else None
+        there = claim is not None and finished_since(key, store)
+        taken, there = parallel.of_the_first([claim is not None, there])
+        if there and claim is not None:
+            claim.release(finished=True)
+        if taken:
+            return claim, bool(there)
+        time.sleep(ASK)
 
 
 def drain(ticks, bar: tqdm) -> list[tuple]:

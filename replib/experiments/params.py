@@ -754,6 +754,11 @@ def read_profile(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     return merged(read_profile(path.with_name(base), (*seen, path)), values)
 
 
+def in_parts(text: str) -> list[str]:
+    """ "key=value key=value" as a list; values may hold spaces."""
+    return re.split(r"\s+(?=[\w.]+=)", text.strip()) if text.strip() else []
+
+
 def apply_settings(values: dict, settings: list[str]) -> dict:
     """`--set key=value` over a profile; key may be dotted, the value is read as YAML."""
     given: set[str] = set()

@@ -26,7 +26,7 @@ from replib.experiments.cells import (
     trained_model,
     training_parameters,
 )
-from replib.experiments.params import Cell
+from replib.experiments.params import Cell, in_parts
 from replib.experiments.store import home
 from replib.report.diagram import before_after
 from replib.report.kernel_picture import kernel_picture
@@ -181,6 +181,8 @@ class Page:
         options.setdefault("workers", int(workers) if workers else None)
         options.setdefault("budget_seconds", float(budget) if budget else None)
         options.setdefault("compile", os.environ.get("REPLIB_COMPILE") or "auto")
+        options.setdefault("executor", os.environ.get("REPLIB_EXECUTOR") or "local")
+        options.setdefault("slurm", in_parts(os.environ.get("REPLIB_SLURM", "")))
         done = self.results.train(**options)
         left = f", {done.out_of_time} not finished in the time given" if done.out_of_time else ""
         print(f"{done.trained} cells trained, {done.present} were there{left}", flush=True)

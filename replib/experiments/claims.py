@@ -1,0 +1,168 @@
+"""Who trains a cell: one claim at a time, over all machines that share the store's file system.
+
+    reports/runs/KEY/claim.0, claim.1, ...     the last one counts
+
+A claim is a file that is created exclusively (O_EXCL, atomic on NFS too; no file locks, which many
+cluster file systems lack). It is never taken away from its holder: who finds it abandoned creates
+the next number, which only one can do, and a holder that wakes up sees that it has been overtaken.
+A holder writes a new beat into its file every few seconds. Whether it lives is judged by the
+observer's own clock, by how long the beat has not changed, so clocks may differ; a process of the
+same machine, or of the same Slurm job before it was requeued, is asked for directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from replib.training.checkpoint import write_bytes
+
+BEAT = 10  # seconds between two beats
+STALE = 120  # seconds without a new beat, after which a holder elsewhere counts as dead
+
+
+def machine() -> str:
+    """This machine since it was started; a container that numbers its processes itself is one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return os.uname().nodename if hasattr(os, "uname") else ""
+
+
+def born(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since its start; None: it is gone."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if after_name[0] in "ZX" else after_name[19]
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+        return "alive"
+    except OSError:
+        return None
+
+
+def slurm_job() -> list[str]:
+    """[id of the Slurm job that this process is of, how often it was requeued]; [] outside."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else []
+
+
+def last(folder: Path) -> tuple[int, dict | None]:
+    """(number, content) of the claim that counts; (-1, None) where there is none.
+
+    A file that is not whole yet has the content {}.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except FileNotFoundError:
+        return -1, None
+    numbers = [int(n[6:]) for n in names if n.startswith("claim.") and n[6:].isdigit()]
+    if not numbers:
+        return -1, None
+    try:
+        content = json.loads((folder / f"claim.{max(numbers)}").read_bytes())
+        return max(numbers), content if isinstance(content, dict) else {}
+    except FileNotFoundError:  # its cell has been finished just now
+        return -1, None
+    except (OSError, ValueError):
+        return max(numbers), {}
+
+
+class Claim:
+    """A claim that this process holds, from `Claims.take`, and shows in its file until it is given
+    back: who it is, that it lives, and how many `epochs` of the cell are finished."""
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number = folder, number
+        self.epochs, self.beats = 0, 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.beating, daemon=True)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"claim.{self.number}"
+
+    def content(self, **more) -> bytes:
+        """What the file says."""
+        pid = os.getpid()
+        who = {"machine": machine(), "pid": pid, "born": born(pid), "job": slurm_job()}
+        return json.dumps(who | {"beat": self.beats, "epochs": self.epochs} | more).encode()
+
+    def beating(self) -> None:
+        """A new beat now and then, until it is over or another process has overtaken this one."""
+        while not self.over.wait(BEAT) and last(self.folder)[0] == self.number:
+            self.beats += 1
+            with contextlib.suppress(OSError):  # of a full disk the training will tell
+                write_bytes(self.path, self.content())
+
+    def release(self, finished: bool = False) -> None:
+        """Give it back. Of a finished cell nothing is left to claim: its files are removed."""
+        self.over.set()
+        self.thread.join()
+        if finished:
+            for path in self.folder.glob("claim.*"):
+                path.unlink(missing_ok=True)
+        elif last(self.folder)[0] == self.number:
+            write_bytes(self.path, self.content(released=True))
+
+
+class Claims:
+    """What this process has seen of other's claims, and when.
+
+    clock: seconds that never go back; another one is for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.seen: dict[Path, tuple[tuple, float]] = {}
+
+    def take(self, folder: Path) -> Claim | None:
+        """A claim on what this folder is of; None where a process that lives, or may live, has it.
+
+        One elsewhere that has died is found dead `STALE` seconds after it was first asked about.
+        """
+        number, content = last(folder)
+        if number >= 0 and not self.abandoned(folder, number, content):
+            return None
+        claim = Claim(folder, number + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with claim.path.open("xb") as file:
+                file.write(claim.content())
+        except FileExistsError:
+            return None
+        if last(folder)[0] != claim.number:
+            return None  # another one, that listed the folder later, was quicker by a number
+        self.seen.pop(folder, None)
+        claim.thread.start()
+        return claim
+
+    def abandoned(self, folder: Path, number: int, content: dict) -> bool:
+        """Whether nobody holds this claim any more."""
+        if content.get("released"):
+            return True
+        job = slurm_job()
+        if job and content.get("job", [])[:1] == job[:1] and content["job"] != job:
+            return True  # this very job, before it was requeued
+        if content.get("machine") == machine():
+            return born(int(content["pid"])) != content["born"]
+        beat = number, content.get("beat"), content.get("pid")
+        before, since = self.seen.get(folder, (None, 0.0))
+        if before != beat:
+            self.seen[folder] = beat, self.clock()
+            return False
+        return self.clock() - since > STALE
+
+
+def progress(folder: Path) -> int:
+    """The epochs that the holder of a claim has finished; 0 where there is none."""
+    return (last(folder)[1] or {}).get("epochs", 0)
