@@ -83,7 +83,7 @@ class Claim:
 
     def __init__(self, folder: Path, number: int):
         self.folder, self.number = folder, number
-        self.epochs, self.beats = 0, 0
+        self.epochs, self.before, self.beats = 0, 0, 0
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.beating, daemon=True)
 
@@ -95,7 +95,8 @@ class Claim:
         """What the file says."""
         pid = os.getpid()
         who = {"machine": machine(), "pid": pid, "born": born(pid), "job": slurm_job()}
-        return json.dumps(who | {"beat": self.beats, "epochs": self.epochs} | more).encode()
+        epochs = max(self.epochs, self.before)  # it goes on where the holder before it was
+        return json.dumps(who | {"beat": self.beats, "epochs": epochs} | more).encode()
 
     def beating(self) -> None:
         """A new beat now and then, until it is over or another process has overtaken this one."""
@@ -134,6 +135,7 @@ class Claims:
         if number >= 0 and not self.abandoned(folder, number, content):
             return None
         claim = Claim(folder, number + 1)
+        claim.before = (content or {}).get("epochs", 0)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with claim.path.open("xb") as file:

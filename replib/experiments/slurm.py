@@ -204,8 +204,8 @@ def run_on_slurm(
     options = options_of(list(slurm))
     if budget_seconds is not None:
         raise UserError(
-            f"--budget-seconds (={budget_seconds:g}) is for this machine: with --executor slurm "
-            "say --slurm time=MINUTES."
+            f"--budget-seconds (={math.ceil(budget_seconds)}) is for this machine: with "
+            "--executor slurm say --slurm time=MINUTES."
         )
     if parallel.processes() > 1:
         raise UserError("--executor slurm submits jobs itself: run it without torchrun.")
