@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from replib import parallel
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
 
@@ -119,7 +120,10 @@ def in_train_mode(model: nn.Module) -> list[str]:
 
 
 # -- norms -----------------------------------------------------------------------------------------
-PLAIN_NORM = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+PLAIN_NORM = tuple(
+    kind.forward
+    for kind in (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, parallel.Synchronised)
+)
 LIKE_NORM = (  # the same map under other classes
     "FrozenBatchNorm2d",  # torchvision, detectron2
     "BatchNormAct2d",  # timm: a batch norm, then its `act`

@@ -147,20 +147,34 @@ class Share:
 
     images: int  # of the whole batch
     rows: slice  # of it
-    parts: int  # how many parts they are
+    parts: int  # how many parts they are; 0: they do not count
     later: int  # parts that come after them, of other processes
     count: int  # parts in all
+    split: bool = False  # whether they are of one part, that all processes share
 
     @property
     def alone(self) -> bool:
         """Whether the whole batch is one part, and this process's."""
-        return self.parts == self.count == 1
+        return self.parts == self.count == 1 and not self.split
 
 
-def share(images: int, part: int) -> Share:
+def splits(accumulate: int) -> bool:
+    """Whether several processes share each part of a batch: where it is one part, its norms see
+    all of it (`synchronised`), however many processes there are."""
+    return accumulate == 1 and processes() > 1
+
+
+def share(images: int, part: int, split: bool = False) -> Share:
     """This process's parts, of `part` images each, the last perhaps smaller: in a row, and as many
     as another's, give or take one. Where there are none left its rows are of another's part, which
-    it goes through for nothing, so that its gradients are 0 where the others' are numbers."""
+    it goes through for nothing, so that its gradients are 0 where the others' are numbers.
+
+    split: the batch is one part, and the processes have as many images each, give or take one.
+    """
+    if split:
+        first, last = (images * turn // processes() for turn in (place(), place() + 1))
+        rows = slice(first, last) if first < last else slice(0, 1)
+        return Share(images, rows, int(first < last), 0, 1, split=True)
     count = -(-images // part)
     first, last = (count * turn // processes() for turn in (place(), place() + 1))
     rows = slice(first * part, min(last * part, images))
@@ -190,6 +204,10 @@ class Statistics:
     @contextmanager
     def in_turn(self, share: Share) -> Iterator[None]:
         """Around the passes of one step."""
+        if share.split:  # they are the same in all processes
+            with counting(share.parts > 0):
+                yield
+            return
         before = [flat(buffers) for buffers, _ in self.groups]
         yield
         for (buffers, stays), old in zip(self.groups, before, strict=True):
@@ -197,3 +215,101 @@ class Statistics:
             seen = seen if share.parts else torch.zeros_like(seen)
             dist.all_reduce(seen)
             spread(seen + old * stays**share.count, buffers)
+
+
+# -- a norm over all processes ---------------------------------------------------------------------
+_counts = True  # whether what this process sees now is part of the batch
+_exchanged = True  # whether synchronised norms are
+
+
+@contextmanager
+def counting(counts: bool) -> Iterator[None]:
+    """Whether what this process's norms see comes into the statistics of all."""
+    global _counts
+    before, _counts = _counts, counts
+    try:
+        yield
+    finally:
+        _counts = before
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Norms see what is in their own process, synchronised or not: for what all processes do with
+    the same images, or what is averaged over them afterwards."""
+    global _exchanged
+    before, _exchanged = _exchanged, False
+    try:
+        yield
+    finally:
+        _exchanged = before
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """A tensor -> its sum over all processes. Each of them goes on with the sum, so the gradient
+    is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, gradient)
+
+
+class Synchronised(nn.SyncBatchNorm):
+    """A batch norm over the batches of all processes, by operations of any device: PyTorch's own
+    knows GPUs only, and counts what a process went through for nothing.
+
+    Mean and variance are those of all images, whatever each process has of them, the variance
+    about the common mean.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and _exchanged and processes() > 1):
+            return nn.modules.batchnorm._BatchNorm.forward(self, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        values, axes = x.to(dtype), (0, *range(2, x.dim()))
+        view = (-1,) + (1,) * (x.dim() - 2)
+        count = torch.full((1,), float(_counts) * x.numel() / x.shape[1], dtype=dtype).to(x.device)
+        variance, mean = torch.var_mean(values, axes, correction=0)
+        *total, whole = SumOverProcesses.apply(torch.cat([mean * count, count])).split(
+            [x.shape[1], 1]
+        )
+        common = total[0] / whole
+        own = variance + (mean - common).square()
+        variance = SumOverProcesses.apply(own * count) / whole
+        self.track(common.detach(), variance.detach(), whole.detach())
+        y = (values - common.view(view)) * (variance + self.eps).rsqrt().view(view)
+        if self.affine:
+            y = y * self.weight.to(dtype).view(view) + self.bias.to(dtype).view(view)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics as PyTorch's batch norm does (the variance unbiased)."""
+        if self.running_mean is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / self.num_batches_tracked.item()
+        unbiased = variance * (count / (count - 1))
+        for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(value.to(running.dtype), momentum)
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with every batch norm as a `Synchronised` one, its tensors the very same; call it
+    before an optimizer, a method of replib or DistributedDataParallel is given the model."""
+    if type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        made = Synchronised(model.num_features, model.eps, model.momentum)
+        made.affine, made.track_running_stats = model.affine, model.track_running_stats
+        made._parameters, made._buffers = model._parameters, model._buffers
+        return made.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, synchronised(child))
+    return model

@@ -4,7 +4,9 @@ Two gloo processes are started once, go through every scenario below and leave w
 test reads it. What changes a network must leave the same bits in both.
 """
 
+import contextlib
 import copy
+import dataclasses
 import datetime
 import functools
 import subprocess
@@ -415,8 +417,42 @@ RUNS = {  # 60 images in batches of 25, 25 and 10, in parts of 13: one process i
         lambda model: ResRep(model, DIGITS, target=0.6, interval=2, rows=2, strength=1e-2),
     ),
     "repopt slow": ({}, "convbn", lambda model: None),
+    # One part, whose norms see all of it; of the last batch, of one image, one process sees none.
+    "split": (dict(accumulate=1, batch_size=59, ema=0.9), "repvgg", lambda model: None),
+    "split dbb slow": (dict(accumulate=1), "dbb", lambda model: None),
+    "split cycle slow": (
+        dict(accumulate=1, phases=2, epochs=1),
+        "repvgg",
+        lambda model: Cycle(model, warmup=2, fidelity="preserving"),
+    ),
+    "split dyrep slow": (
+        dict(accumulate=1, epochs=3),
+        "convbn",
+        lambda model: DyRep(model, **GROWS),
+    ),
 }
 DIGITS = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+
+
+def norms(model, accumulate):
+    return parallel.synchronised(model) if parallel.splits(accumulate) else model
+
+
+@contextlib.contextmanager
+def by_oneself():
+    """As if there were no other process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "processes", lambda: 1)
+        patch.setattr(parallel, "place", lambda: 0)
+        yield
+
+
+def stopped(kind, steps=4):
+    """The checkpoint after so many steps."""
+    kept = []
+    with contextlib.suppress(OutOfTime):
+        fit(task(kind), checkpoint=kept.append, checkpoint_seconds=-1)
+    return copy.deepcopy(kept[steps - 1])
 
 
 def task(kind):
@@ -424,7 +460,7 @@ def task(kind):
     made = small_task(
         RECIPE | recipe,
         lambda model: parameter_groups(model, 1e-3),
-        lambda model: method(model.double()),
+        lambda model: method(norms(model.double(), (RECIPE | recipe)["accumulate"])),
         block=block,
     )
     if kind.startswith("resrep"):
@@ -453,6 +489,53 @@ def trained(rank, kind):
     return state(run.model), history, state(resumed.model), again, ends, len(kept)
 
 
+MOVED = ["split", "split cycle slow", "orepa slow", "resrep slow"]
+
+
+@over("kind", MOVED)
+def moved(rank, kind):
+    """A run that one process began and two go on with; a checkpoint of two, for one."""
+    with by_oneself():
+        begun = stopped(kind)
+    run = task(kind)
+    history = fit(run, resume=begun).history
+    kept = []
+    fit(task(kind), checkpoint=lambda state: kept.append(copy.deepcopy(state)),
+        checkpoint_seconds=-1)  # fmt: skip
+    return state(run.model), history, kept[3] if kept else None
+
+
+def check_moved(found, kind):
+    alone = task(kind)
+    whole = fit(alone).history
+    (model, history, checkpoint), other = found[f"moved {kind}"]
+    same((model, history), other[:2])
+    assert other[2] is None
+    back = task(kind)
+    again = fit(back, resume=checkpoint).history
+    for one, theirs in ((model, history), (state(back.model), again)):
+        for name, value in alone.model.state_dict().items():  # float64, sums in another order
+            torch.testing.assert_close(one[name], value, rtol=1e-7, atol=1e-9, msg=name)
+        for ours, wanted in zip(theirs, whole, strict=True):
+            assert known(ours) == pytest.approx(known(wanted), rel=1e-6)
+
+
+def known(row):
+    """A row of a history less what a run does not have."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MOVED if "slow" not in kind])
+def test_a_run_goes_on_with_another_number_of_processes(found, kind):
+    check_moved(found, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in MOVED if "slow" in kind])
+def test_a_run_of_any_method_goes_on_with_another_number(found_slowly, kind):
+    check_moved(found_slowly, kind)
+
+
 def check_run(found, kind):
     """The two processes, and this one alone."""
     run = task(kind)
@@ -471,9 +554,10 @@ def check_run(found, kind):
     return ours, theirs
 
 
-def test_processes_train_what_one_trains(found):
-    ours, theirs = check_run(found, "cycle")
-    assert ours == pytest.approx(theirs, rel=1e-6)
+@pytest.mark.parametrize("kind", [kind for kind in RUNS if "slow" not in kind])
+def test_processes_train_what_one_trains(found, kind):
+    ours, theirs = check_run(found, kind)
+    assert known(ours) == pytest.approx(known(theirs), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -487,6 +571,88 @@ def test_a_part_for_each_process(monkeypatch):
     run = task("cycle")
     with pytest.raises(ValueError, match=r"accumulate \(=2\) must be a multiple of 3"):
         fit(run)
+
+
+def test_what_cannot_be_split(monkeypatch):
+    """Mixing within a batch, and norms that see a share of it only."""
+    monkeypatch.setattr(parallel, "processes", lambda: 3)
+    run = task("split")
+    run.recipe = dataclasses.replace(run.recipe, augmentation=Augmentation(mixup=1.0))
+    with pytest.raises(ValueError, match=r"accumulate \(=1\) with mixup .* accumulate=3"):
+        fit(run)
+    with by_oneself():
+        run = task("split")
+    with pytest.raises(ValueError, match=r"needs a model of parallel.synchronised"):
+        fit(run)
+
+
+@pytest.mark.parametrize("images, count", [(25, 2), (25, 4), (3, 4), (1, 2)])
+def test_a_part_is_split_evenly(monkeypatch, images, count):
+    monkeypatch.setattr(parallel, "processes", lambda: count)
+    seen = []
+    for turn in range(count):
+        monkeypatch.setattr(parallel, "place", lambda turn=turn: turn)
+        share = parallel.share(images, 64, split=True)
+        assert share.rows.start < share.rows.stop <= images and not share.alone
+        seen.append(list(range(images)[share.rows]) if share.parts else [])
+    assert [i for rows in seen for i in rows] == list(range(images))
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
+
+
+NORMS = {"images": (nn.BatchNorm2d, (6, 3, 4, 4)), "rows": (nn.BatchNorm1d, (6, 3))}
+NORMS["average"] = (functools.partial(nn.BatchNorm1d, momentum=None), (6, 3))
+NORMS["plain"] = (functools.partial(nn.BatchNorm2d, affine=False), (6, 3, 2, 2))
+NORMS["forgetful"] = (functools.partial(nn.BatchNorm1d, track_running_stats=False), (6, 3))
+
+
+def stirred(layer):
+    """With statistics, slopes and shifts that are not those of a fresh norm, where it has any."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.data += torch.linspace(0.1, 0.7, tensor.numel(), dtype=tensor.dtype)
+    return layer
+
+
+@over("kind", NORMS)
+def norm_over_all(rank, kind):
+    """Two images here, four there; then all there, while what is here does not count."""
+    make, shape = kind
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).double() + 100
+    layer = nn.Sequential(make(shape[1]).double())
+    statistics = stirred(layer).state_dict()
+    model, out = parallel.synchronised(layer), []
+    assert type(model[0]) is parallel.Synchronised and list(model.state_dict()) == list(statistics)
+    for rows, counts in ((slice(2 * rank, 2 + 4 * rank), True), (slice(0, 6), rank == 1)):
+        mine = x[rows].clone().requires_grad_()
+        with parallel.counting(counts):
+            y = model.train()(mine)
+        loss = (y**3).sum() * counts
+        grads = torch.autograd.grad(loss, [mine, *model.parameters()])
+        parallel.add_up(grads[1:])
+        out.append((y.detach(), *grads))
+    return out, state(model), model.eval()(x)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_synchronised_norm_sees_the_batch_of_all(found, kind):
+    make, shape = NORMS[kind]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).double() + 100
+    layer = stirred(nn.Sequential(make(shape[1]).double())).train()
+    (first, statistics, evaluated), (second, *same_there) = found[f"norm_over_all {kind}"]
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    for turn in range(2):
+        all_of_it = x.clone().requires_grad_()
+        y = layer(all_of_it)
+        wanted = torch.autograd.grad((y**3).sum(), [all_of_it, *layer.parameters()])
+        pairs = [first[turn], second[turn]] if turn == 0 else [second[turn]]
+        close(torch.cat([one[0] for one in pairs]), y.detach())
+        close(torch.cat([one[1] for one in pairs]), wanted[0])
+        for ours, theirs in zip(second[turn][2:], wanted[1:], strict=True):
+            close(ours, theirs)
+    same([statistics, evaluated], same_there)
+    for name, value in layer.state_dict().items():
+        close(statistics[name], value, check_dtype=False)
+    close(evaluated, layer.eval()(x).detach())
 
 
 @pytest.mark.parametrize("images, part, count", [(25, 13, 3), (25, 5, 2), (4, 4, 2), (7, 2, 4)])

@@ -399,7 +399,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(node, project, how):
     assert not head.is_alive() and submitted(store) == [f"{number}_submission.sh"]
     log = (store.runs / "slurm" / "log" / f"{number}_0_log.out").read_text()
     again = log.split("Starting with JobEnvironment")[2]
-    epochs = [int(n) for n in re.findall(r"(\d+)/%d " % cell["epochs"], again)]
+    epochs = [int(n) for n in re.findall(rf"(\d+)/{cell['epochs']} ", again)]
     assert min(filter(None, epochs)) >= kept  # its bar begins where it went on
     with at_home(project.folder / "undisturbed", {}):
         run_plan(made, Store(), device="cpu", workers=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib import machine
+from replib import machine, parallel
 from replib.analysis import receptive_field
 from replib.blocks import BLOCKS
 from replib.errors import UserError
@@ -421,6 +421,8 @@ def run_cell(
         flops = cost_of(planned, plan_cells) if compile == "auto" else 0
     data, splits = dataset(cell), split_of(cell)
     model = new_model(cell)
+    if parallel.splits(cell.accumulate):
+        model = parallel.synchronised(model)
     if planned.start_path is not None:
         load_start(model, cell, planned.start_path)
     elif cell.start is not None:
@@ -466,7 +468,7 @@ def run_cell(
     images = recipe.images(len(splits.train))  # of an epoch
     batch = min(cell.batch_size, len(splits.train))
     part = math.ceil(batch / recipe.accumulate)
-    if teacher is not None:
+    if teacher is not None and not parallel.splits(cell.accumulate):
         task.known, passes = known_logits(
             teacher,
             data,

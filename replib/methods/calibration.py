@@ -70,7 +70,8 @@ def normalised_by_batch(
         for norm in norms:
             norm.momentum = momentum
             norm.train()
-        yield
+        with parallel.apart():
+            yield
     finally:
         for norm, own in momenta.items():
             norm.momentum = own

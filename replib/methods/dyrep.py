@@ -169,6 +169,8 @@ def block_at(model: nn.Module, site: Site, names: Sequence[str]) -> Block:
     groups = {m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)}
     for group in groups:
         block = nn.SyncBatchNorm.convert_sync_batchnorm(block, group)
+    if any(isinstance(module, parallel.Synchronised) for module in model.modules()):
+        block = parallel.synchronised(block)
     return alike(block, site)
 
 

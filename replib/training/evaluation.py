@@ -89,7 +89,6 @@ class Split:
             self.kept = found
 
 
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     split: Split,
@@ -100,11 +99,24 @@ def accuracy(
 
     pause: called between batches; it may raise. view: what is done to images (N, C, H, W) first.
     """
-    right = torch.zeros((), dtype=torch.long, device=split.device)
+    return right(model, split, pause, view).item() / len(split)
+
+
+@torch.no_grad()
+def right(
+    model: nn.Module,
+    split: Split,
+    pause: Callable[[], None] = lambda: None,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """How many images `accuracy` counts, as a 0-dim int64 tensor."""
+    count = torch.zeros((), dtype=torch.long, device=split.device)
+    if not len(split):
+        return count
     for x, labels in zip(split.inputs(), split.labels, strict=True):
-        right += (model(view(x)).argmax(1) == labels).sum()
+        count += (model(view(x)).argmax(1) == labels).sum()
         pause()
-    return right.item() / len(split)
+    return count
 
 
 def deployed_report(model: nn.Module, split: Split, views: Sequence[str] = ()) -> dict:

@@ -33,7 +33,7 @@ from replib.fusing import deployed_copy, refill
 from replib.training import loader
 from replib.training.augmentation import Augmentation
 from replib.training.data import Dataset, derive
-from replib.training.evaluation import Normalise, Split, accuracy, relative_jump
+from replib.training.evaluation import Normalise, Split, relative_jump, right
 from replib.training.loader import Folder
 from replib.training.optimisation import Average, Schedule
 from replib.training.step import Step, adamw, parameters_of, set_rate, sgd
@@ -161,6 +161,7 @@ class Run:
         deadline: float | None,
         tick: Callable[[], None],
     ):
+        check_shares(task)
         self.task, self.checkpoint, self.tick = task, checkpoint, tick
         self.seconds, self.deadline = checkpoint_seconds, deadline
         self.written, self.worked = time.monotonic(), False
@@ -172,8 +173,12 @@ class Run:
         if isinstance(self.images, Tensor):
             self.images = self.images.to(device)
         self.labels = data.train_labels.to(device)
-        self.test = Split.test(data, device, dtype)
-        held_out = task.validation
+        # Each process evaluates on a share of the images.
+        own, whole = slice(parallel.place(), None, parallel.processes()), len(data.test_labels)
+        self.test = Split(
+            data.test_images, data.test_labels, torch.arange(whole)[own], data, device, dtype
+        )
+        held_out = task.validation[own]
         self.held_out = Split(self.images, data.train_labels, held_out, data, device, dtype)
         self.step: Step | None = None
         self.average: Average | None = None
@@ -185,11 +190,6 @@ class Run:
             raise UserError(
                 f"batch_size (={task.recipe.batch_size}) with drop_last (=true) must be at most "
                 f"{len(task.train)}, the number of training images."
-            )
-        if task.recipe.accumulate % parallel.processes():
-            raise UserError(
-                f"accumulate (={task.recipe.accumulate}) must be a multiple of "
-                f"{parallel.processes()}, the number of processes: each takes parts of a batch."
             )
         self.progress = Progress(loss=torch.zeros((), device=device))
 
@@ -309,7 +309,8 @@ class Run:
         modes = {module: module.training for module in self.model.modules()}
         statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
-            return self.model.eval()(probe), self.model.train()(probe)
+            with parallel.apart():
+                return self.model.eval()(probe), self.model.train()(probe)
         finally:
             for buffer, value in statistics:
                 buffer.copy_(value)
@@ -395,7 +396,7 @@ class Run:
             drawn[KNOWN] = task.known[view.to(task.device), places.to(task.device)]
         self.names = tuple(drawn)
         sizes = [len(batch) for batch in order.split(recipe.batch_size)]
-        shares = [parallel.share(size, self.step.part) for size in sizes][progress.batch :]
+        shares = [self.step.share(size) for size in sizes][progress.batch :]
         starts = range(progress.batch * recipe.batch_size, len(order), recipe.batch_size)
         mine = [
             torch.arange(start + share.rows.start, start + share.rows.stop)
@@ -494,10 +495,15 @@ class Run:
         else:
             refill(self.deployed, model)  # with the current lambda
 
-        def correct(split: Split) -> float | None:
-            return accuracy(self.deployed, split, self.pause) if len(split) else None
+        def correct(split: Split, whole: int) -> float | None:
+            pause = self.pause if parallel.processes() == 1 else lambda: None
+            count = right(self.deployed, split, pause)
+            parallel.add_up([count])
+            self.pause()
+            return count.item() / whole if whole else None
 
-        test, validation = parallel.of_the_first([correct(self.test), correct(self.held_out)])
+        test = correct(self.test, len(task.data.test_labels))
+        validation = correct(self.held_out, len(task.validation))
         loss = progress.loss.item() / self.images_per_epoch
         progress.history.append(
             {
@@ -529,6 +535,28 @@ class Run:
                 setattr(progress, name, entry)
 
 
+def check_shares(task: Task) -> None:
+    """Raises: UserError where processes cannot share a batch."""
+    accumulate, count = task.recipe.accumulate, parallel.processes()
+    if not parallel.splits(accumulate):
+        if accumulate % count:
+            raise UserError(
+                f"accumulate (={accumulate}) must be a multiple of {count}, the number of "
+                "processes, each of which takes parts of a batch; or 1: then they share it, and "
+                "norms see all of it."
+            )
+        return
+    augmentation = task.recipe.augmentation
+    if augmentation.mixup or augmentation.cutmix:
+        raise UserError(
+            f"accumulate (=1) with mixup or cutmix is for one process, here are {count}: images "
+            f"are mixed within a part, so say accumulate={count} or a multiple."
+        )
+    norms = [m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not all(isinstance(norm, parallel.Synchronised) for norm in norms):
+        raise ValueError("a batch that processes share needs a model of parallel.synchronised().")
+
+
 def training_flops(task: Task, teacher: bool = True) -> tuple[int, int]:
     """(student, teacher) floating-point operations of one training image, forward and backward.
 
@@ -537,16 +565,19 @@ def training_flops(task: Task, teacher: bool = True) -> tuple[int, int]:
     Counted by torch's FlopCounterMode on one batch: convolutions and matrix products, two per
     multiply-add. Norms and activations are not counted.
     """
-    n = min(-(-task.recipe.batch_size // task.recipe.accumulate), len(task.train))
+    parts = task.recipe.accumulate
+    parts *= parallel.processes() if parallel.splits(parts) else 1
+    n = min(-(-task.recipe.batch_size // parts), len(task.train))
     model = copy.deepcopy(task.model).to(task.device).train()
     normalise = Normalise(task.data, task.device, next(model.parameters()).dtype)
     x = normalise(next(loader.batches(task.data.train_images, [task.train[:n]], task.device)))
     y = task.data.train_labels[task.train[:n]].to(task.device)
-    with FlopCounterMode(display=False) as student:
+    with parallel.apart(), FlopCounterMode(display=False) as student:
         F.cross_entropy(model(x), y).backward()
     if not teacher:
         return student.get_total_flops() // n, 0
-    logits = model(x).detach().requires_grad_()
+    with parallel.apart():
+        logits = model(x).detach().requires_grad_()
     with FlopCounterMode(display=False) as asked:
         task.loss(logits, y, x)
     return student.get_total_flops() // n, asked.get_total_flops() // n

@@ -96,7 +96,8 @@ class Step:
     gradients add up to that of its mean loss: less memory, and norms see a part as one of so many
     GPUs would. `objective` is then given the parts. Of several processes each takes its share of
     them, `parallel.share(images of the batch, step.part)`; gradients, loss and running statistics
-    are afterwards those of one process that sees all.
+    are afterwards those of one process that sees all. A batch that is one part is split among
+    them; its norms must be synchronised.
     variant: what it does there depends on this value, besides tensors; each has its recording.
     others: tensors that it changes there, in place; those of model and optimizer apart.
     batch: the length of the first axis of a full batch.
@@ -120,8 +121,11 @@ class Step:
         compile: str = "none",
         say: Callable[[str], None] = print,
     ):
+        self.split = parallel.splits(accumulate)
         if parallel.processes() > 1 and compile in RECORDED:
             compile = "default" if compile == "cudagraphs" else "none"
+        if self.split:
+            compile = "none"  # what norms exchange is not compiled
         self.model, self.optimizer, self.batch = model, optimizer, batch
         self.clipped = parameters_of(optimizer) if clipped is None else clipped
         self.clip_norm, self.after_backward, self.variant = clip_norm, after_backward, variant
@@ -147,9 +151,13 @@ class Step:
         compiled and recorded as it is, goes on to train it."""
         return structure(self.model) == self.structure
 
+    def share(self, images: int) -> Share:
+        """What this process takes of a batch of so many images."""
+        return parallel.share(images, self.part, self.split)
+
     def __call__(self, *inputs: Tensor, share: Share | None = None) -> Tensor:
         """inputs: the rows of the batch that are this process's, by default all of it."""
-        share = share or parallel.share(len(inputs[0]), self.part)
+        share = share or self.share(len(inputs[0]))
         if self.mode == "none" or share.images != self.batch:
             return self.update(self.eager, *inputs, share=share)
         if not self.compiled:
@@ -165,7 +173,7 @@ class Step:
         self, forward: Callable[..., Tensor], *inputs: Tensor, share: Share | None = None
     ) -> Tensor:
         """The step itself."""
-        share = share or parallel.share(len(inputs[0]), self.part)
+        share = share or self.share(len(inputs[0]))
         self.optimizer.zero_grad()
         with self.statistics.in_turn(share):
             loss = self.backward(forward, share, *inputs)
