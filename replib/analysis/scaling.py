@@ -41,29 +41,23 @@ def longest_line(work: Mapping[str, Work]) -> float:
 
 def finished(work: Mapping[str, Work], devices: int) -> float:
     """Seconds until all is done where each device takes, when it is free, what the longest line
-    waits for (Graham's list scheduling; SIAM J. Appl. Math. 1969).
-
-    Raises: ValueError for work that waits for itself.
-    """
+    waits for (Graham's list scheduling; SIAM J. Appl. Math. 1969)."""
     urgency = lines(work)
     left = {name: {before for before in one.after if before in work} for name, one in work.items()}
     ready = [(-urgency[name], name) for name in work if not left[name]]
     heapq.heapify(ready)
     running: list[tuple[float, str]] = []
-    now, done = 0.0, 0
+    now = 0.0
     while ready or running:
         while ready and len(running) < devices:
             _, name = heapq.heappop(ready)
             heapq.heappush(running, (now + work[name].seconds, name))
         now, ended = heapq.heappop(running)
-        done += 1
         for name, waits in left.items():
             if ended in waits:
                 waits.remove(ended)
                 if not waits:
                     heapq.heappush(ready, (-urgency[name], name))
-    if done < len(work):
-        raise ValueError("there is work that waits for itself")
     return now
 
 

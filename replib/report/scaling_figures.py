@@ -54,8 +54,8 @@ class Scaling:
         whole = finished(begun, devices)
         hours = sum(one.seconds for one in begun.values()) / HOUR
         busy = hours / (devices * whole / HOUR)
-        cells = [name, number(devices), number(whole / HOUR, 2)]
-        cells += [number(len(work) / whole * DAY), f"{100 * busy:.0f}", number(hours, 2)]
+        cells = [name, number(devices), f"{whole / HOUR:.3g}"]
+        cells += [number(len(work) / whole * DAY), f"{100 * busy:.0f}", f"{hours:.3g}"]
         if self.price:
             cells += [number(self.price * hours, 2)]
             cells += [number(self.price * devices * whole / HOUR, 2)]
@@ -91,7 +91,7 @@ class Scaling:
             begun = self.started(pieces)
             items.append(
                 f"<li>{escape(name)}: {len(pieces)} cells; never below "
-                f"{number(longest_line(begun) / HOUR, 2)} hours, the longest line of cells that "
+                f"{longest_line(begun) / HOUR:.3g} hours, the longest line of cells that "
                 f"start from each other; beyond {enough(begun)} devices, twice as many save less "
                 "than a hundredth</li>"
             )
