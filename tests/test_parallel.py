@@ -425,6 +425,11 @@ RUNS = {  # 60 images in batches of 25, 25 and 10, in parts of 13: one process i
         "repvgg",
         lambda model: Cycle(model, warmup=2, fidelity="preserving"),
     ),
+    "split resrep slow": (
+        dict(accumulate=1),
+        "convbn",
+        lambda model: ResRep(model, DIGITS, target=0.6, interval=2, rows=2, strength=1e-2),
+    ),
     "split dyrep slow": (
         dict(accumulate=1, epochs=3),
         "convbn",
@@ -463,7 +468,7 @@ def task(kind):
         lambda model: method(norms(model.double(), (RECIPE | recipe)["accumulate"])),
         block=block,
     )
-    if kind.startswith("resrep"):
+    if "resrep" in kind:
         made.groups = lambda: made.method.parameter_groups(1e-3)
     if kind.startswith("repopt"):
         search, model = searched(0, in_channels=1, classes=10), made.model.double()

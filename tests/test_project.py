@@ -23,7 +23,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "squeezing": {"branches", "kernels"},
     "sharing": {"squeezing", "branches", "kernels"},
     "blocks": {"sharing", "branches", "kernels"},
-    "networks": {"blocks"},
+    "networks": {"blocks", "parallel"},
     "narrowing": {"networks", "blocks"},
     "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
