@@ -315,7 +315,7 @@ def asked(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def until(condition, what: str, seconds: float = 60):
+def until(condition, what: str, seconds: float = 180):
     """What the condition is, as soon as it holds."""
     for _ in range(int(10 * seconds)):
         if found := condition():
@@ -392,10 +392,10 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(node, project, how):
     saved, problem = store.load(key, "checkpoint")
     assert problem is None and (kept := len(saved["progress"]["history"])) > 1
     assert store.read(key) is None
-    until(lambda: store.read(key), "it is finished", 90)
+    until(lambda: store.read(key), "it is finished", 300)
     if other is not None:
-        assert other.wait(30) == 0
-    head.join(30)
+        assert other.wait(120) == 0
+    head.join(120)
     assert not head.is_alive() and submitted(store) == [f"{number}_submission.sh"]
     log = (store.runs / "slurm" / "log" / f"{number}_0_log.out").read_text()
     again = log.split("Starting with JobEnvironment")[2]
