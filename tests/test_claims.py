@@ -89,6 +89,8 @@ def test_one_elsewhere_is_dead_when_its_beat_has_stopped(tmp_path):
     by_another(tmp_path, beat=1)
     now[0] = 2 * STALE
     assert observer.take(tmp_path) is None  # it lives
+    now[0] = 3 * STALE
+    assert observer.take(tmp_path) is None  # not for `STALE` seconds since that beat
     now[0] = 3 * STALE + 1
     claim = observer.take(tmp_path)
     assert claim.number == 1 and progress(tmp_path) == ELSEWHERE["epochs"]
