@@ -72,7 +72,7 @@ test-all: .venv/ready
 
 ## test-slurm           the tests on a Slurm of their own, on this machine (docs/cluster.md)
 test-slurm: .venv/ready
-	$(BIN)/python -m pytest -q -rs tests/test_slurm.py
+	REPLIB_TEST_SLURM=1 $(BIN)/python -m pytest -q -rs tests/test_slurm.py
 
 ## check                formatting and lint
 check: .venv/ready
