@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 
@@ -67,6 +67,14 @@ class Folder:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         return next(batches(self, [torch.arange(len(self))[index]], "cpu"))
+
+    def read(
+        self, file: str, box: Sequence[float] | None, interpolation: str = "bilinear"
+    ) -> np.ndarray:
+        """One of its files as uint8 (H, W, C), whole or cropped to a box; see `batches`."""
+        if box is None:
+            return decode(file, self.size, self.resize)
+        return decode_box(file, self.size, box, interpolation)
 
 
 def batches(
@@ -165,11 +173,12 @@ def decoded(
     parts = None if boxes is None else boxes.double().split(counts)
     if workers is None:
         workers = min(cores(), sum(counts) // WORTH)
-    shape = (min(AHEAD, len(chunks)), max([1, *counts]), images.size, images.size, 3)
+    channels, *sides = images.shape[1:]
+    shape = (min(AHEAD, len(chunks)), max([1, *counts]), *sides, channels)
     if not chunks:
         return
     slots = np.frombuffer(mmap.mmap(-1, prod(shape)), np.uint8).reshape(shape)
-    decoder = Decoder(images.size, images.resize, interpolation, slots)
+    decoder = Decoder(replace(images, files=(), sides=None), interpolation, slots)
 
     def work(number: int) -> tuple[list[str], list]:
         """The files of a batch, by name so that no worker needs the list, and their boxes."""
@@ -207,19 +216,14 @@ def decoded(
 class Decoder:
     """What every worker inherits: how images are decoded, and the memory that all write into."""
 
-    size: int
-    resize: int | None
+    folder: Folder  # without its files
     interpolation: str
-    slots: np.ndarray  # (AHEAD, n, S, S, 3)
+    slots: np.ndarray  # (AHEAD, n, H, W, C)
 
     def fill(self, slot: int, first: int, files: list[str], boxes: list) -> None:
         """Decode files into one slot, from row `first` on; a box may be None."""
         for row, (file, box) in enumerate(zip(files, boxes, strict=True), first):
-            if box is None:
-                pixels = decode(file, self.size, self.resize)
-            else:
-                pixels = decode_box(file, self.size, box, self.interpolation)
-            self.slots[slot, row] = pixels
+            self.slots[slot, row] = self.folder.read(file, box, self.interpolation)
 
 
 _decoder: Decoder | None = None  # set in each worker by its initializer
