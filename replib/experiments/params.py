@@ -138,7 +138,7 @@ class TransferParams(Strict):
     fixed_norms: bool = False  # running statistics of the backbone stay
     stem_rate: Rate = 1.0  # factor on the learning rate of the backbone's stem
     head_rate: Rate = 1.0  # and of all that is not backbone
-    # Height and width that are cropped, after scaling by a factor between these; None: whole images.
+    # Height and width that are cropped after scaling by a factor of `zoom`; None: whole images.
     crop: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     zoom: Annotated[list[Above], Field(min_length=2, max_length=2)] = [1.0, 1.0]
     interval: Positive = 1  # epochs from one evaluation to the next; the last one always is

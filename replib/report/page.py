@@ -192,15 +192,9 @@ class Page:
         both = bool(results.published)
         of_paper = {row: results.paper[row].get("accuracy") for row in results.rows}
         paper = ["in the paper, %"] if any(v is not None for v in of_paper.values()) else []
-        metrics = results.metrics
-        header = [
-            "",
-            *paper,
-            f"{' or '.join(metrics)}, %",
-            *(["published"] if both else []),
-            "gain, points",
-        ]
-        header += [*(["published"] if both else []), "over", "verdict"]
+        metrics, published = results.metrics, ["published"] if both else []
+        header = ["", *paper, f"{' or '.join(metrics)}, %", *published, "gain, points", *published]
+        header += ["over", "verdict"]
         lines = []
         for row in results.rows:
             spec, other = self.table.rows[row], results.against(row)
@@ -219,9 +213,9 @@ class Page:
             lines.append([*line, f"<small>{over}</small>", escape(results.verdict(row))])
         note = (
             f"<p><small>Test {' or '.join(metrics)} of the deployed network at the checkpoint that "
-            "the protocol selects; mean, two-sided 95 % t-interval, n seeds. Gains are paired by seed. The "
-            "intervals are not adjusted for the number of comparisons. The verdict is about the "
-            "paper's gain and follows a rule.</small></p>"
+            "the protocol selects; mean, two-sided 95 % t-interval, n seeds. Gains are paired by "
+            "seed. The intervals are not adjusted for the number of comparisons. The verdict is "
+            "about the paper's gain and follows a rule.</small></p>"
         )
         stale = len(results.stale)
         if stale:

@@ -3,7 +3,7 @@
     digits       scikit-learn's handwritten digits, 8x8 grey, bundled with the library
     cifar10/100  through torchvision, downloaded on first use into the data folder
     imagefolder  any tree train/CLASS/*, val/CLASS/* (or test/CLASS/*)
-    shapes       five outlines in any colours, 32x32, drawn by replib.training.shapes
+    shapes       three outlines in any colours, 32x32, drawn by replib.training.shapes
 
 Images are decoded into memory, up to RESIDENT_BYTES for training and test images together; a larger
 image folder stays on disk, as a `loader.Folder`. The rule asks the data, not the machine, so that a
@@ -38,7 +38,7 @@ DATA = {
     "cifar10": "torchvision's CIFAR-10, downloaded on first use",
     "cifar100": "torchvision's CIFAR-100, downloaded on first use",
     "imagefolder": "a folder with train/CLASS/* and val/CLASS/*",
-    "shapes": "five outlines drawn by a program, 32x32; nothing to download",
+    "shapes": "three outlines drawn by a program, 32x32; nothing to download",
 }
 RESIDENT_BYTES = 4e9  # of decoded images, 3 bytes a pixel; more stay in their files
 DIGITS_POOL = 1000  # the first 1000 of 1797 digits train, the last 797 test

@@ -43,7 +43,7 @@ from replib.errors import UserError
 SCHEDULES = {
     "cosine": "falls as a half cosine to `minimum_rate` (Loshchilov and Hutter, 2017)",
     "steps": "is multiplied by `milestone_factor` at every epoch of `milestones`",
-    "poly": "falls to 0 as the part of the steps that is left, to the power 0.9 (Chen et al., 2018)",
+    "poly": "falls to 0 as what is left of the phase to the power 0.9 (Chen et al., 2018)",
 }
 POWER = 0.9  # of "poly"
 RATE_PER = ("epoch", "step")

@@ -22,8 +22,8 @@ import numpy as np
 from replib.training.data import cache_folder, derive
 
 VERSION = 1  # raise when what is drawn changes
-SHAPES = ("disc", "square", "triangle", "ring", "cross")
-COUNTS = {"train": 240, "val": 80}  # images of a split; of `classes`, of a class a quarter of that
+SHAPES = ("disc", "triangle", "cross")
+COUNTS = {"train": 240, "val": 80}  # images of a split; of `classes`, of each class
 SIDES = (64, 97)  # of COCO's images, from and below
 CITY = (64, 128)  # height and width of the streets
 # Cityscapes' label ids: what a street is drawn of; the first and the last are not scored.
@@ -40,7 +40,6 @@ def outline(shape: str, side: int) -> np.ndarray:
         "disc": round_ <= side * side,
         "square": radius <= side,
         "triangle": 2 * abs(x) <= y + side,
-        "ring": (round_ <= side * side) & (4 * round_ >= side * side),
         "cross": (3 * abs(x) <= side) | (3 * abs(y) <= side),
     }[shape]
 
@@ -85,7 +84,7 @@ def classes(folder: Path, counts: dict[str, int] = COUNTS) -> None:
     """A tree of single shapes, 32 x 32."""
     for part, count in counts.items():
         for shape in SHAPES:
-            for i in range(count // 4):
+            for i in range(count):
                 draw = generator("classes", part, shape, i)
                 image, side = background(draw, 32, 32), int(draw.integers(14, 29))
                 top, left = draw.integers(0, 33 - side, 2)

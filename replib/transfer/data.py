@@ -6,7 +6,8 @@
                 gtFine/{train,val}/CITY/*_gtFine_labelIds.png
     shapes-coco, shapes-cityscapes    the same formats, drawn by replib.training.shapes
 
-Sources: Lin et al., "Microsoft COCO", ECCV 2014; Cordts et al., "The Cityscapes Dataset", CVPR 2016.
+Sources: Lin et al., "Microsoft COCO", ECCV 2014; Cordts et al., "The Cityscapes
+Dataset", CVPR 2016.
 """
 
 from __future__ import annotations
@@ -238,9 +239,9 @@ class Streets(Folder):
                 first, last = max(start, 0.0), min(start + length, side)
                 inside.append((first, last))
                 place.append([round((at - start) * size / length) for at in (first, last)])
-            (t, b), (l, r) = inside
+            (first, last), (start, end) = inside
             (top, bottom), (left, right) = place
-            area, size = (l, t, r, b), (right - left, bottom - top)
+            area, size = (start, first, end, last), (right - left, bottom - top)
             pixels = image.resize(size, Resampling[interpolation.upper()], area)
             out[top:bottom, left:right, :3] = pixels
             out[top:bottom, left:right, 3] = TRAIN_IDS[

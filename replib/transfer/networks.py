@@ -49,8 +49,9 @@ def network(
     """A head of `HEADS` on a body of ours, whose classifier is left out.
 
     channels: of the pyramid (256) or of the head's inner maps (as its paper has them).
-    anchor: the side in pixels of the smallest anchors. proposals: boxes of an image that Faster R-CNN
-    looks into (None: 2000 in training, 1000 else), a quarter of which it is trained on. output_stride, dilated_blocks: see `dilated`.
+    anchor: the side in pixels of the smallest anchors. proposals: boxes that Faster R-CNN
+    looks into (None: 2000 in training, 1000 else), a quarter of which it is trained on.
+    output_stride, dilated_blocks: see `dilated`.
     auxiliary: weight of the loss of a second head, on the third stage.
     frozen_stages: the stem and the stages after it, so many in all, are not trained.
     fixed_norms: the body's norms keep the running statistics that they start with.
@@ -88,8 +89,8 @@ def parameter_channels(body: nn.Module) -> int:
 
 
 def dilated(stages: Sequence[nn.Module], output_stride: int, last: int | None = None) -> None:
-    """Let the last two stages, of strides 16 and 32, give maps of a smaller stride: their blocks are
-    dilated instead, the first unit of a stage as the stage before (Chen et al., 2017; torchvision).
+    """Let the last two stages, of strides 16 and 32, give maps of a smaller stride: their blocks
+    are dilated instead, the first unit of a stage as the stage before (Chen et al., 2017).
 
     last: only so many blocks, the last ones (RepVGG's "fast" backbones); None: all.
     """

@@ -121,8 +121,8 @@ class Kind:
 
     @torch.no_grad()
     def deployed_report(self, model: nn.Module, test: Split) -> dict:
-        """The fused network: parameters, FLOPs of one image, scores on the test split, and the error
-        of fusing in what the head is given (in the logits, of segmentation)."""
+        """The fused network: parameters, FLOPs of one image, scores on the test split, and the
+        error of fusing in what the head is given (in the logits, of segmentation)."""
         model = model.to(test.device).eval()
         fused, x = deployed_copy(model), next(test.inputs())[:8, : len(self.data.mean)]
         with FlopCounterMode(display=False) as counter:
@@ -196,7 +196,7 @@ class Detection(Kind):
             boxes, classes, crowd = boxes_in(own)
             sides = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= SMALLEST
             boxes, classes = boxes[sides & ~crowd], classes[sides & ~crowd]
-            height, width = own[0, :2]
+            width = own[0, 1]
             boxes = boxes * (own[0, [1, 0, 1, 0]] / own[0, [3, 2, 3, 2]])
             if flip:
                 inputs[i] = inputs[i].flip(2)
@@ -209,7 +209,7 @@ class Detection(Kind):
 
 # -- segmentation ----------------------------------------------------------------------------------
 class WithClasses:
-    """uint8 (N, 4, H, W), the last channel a class -> the others standardised, the class as it is."""
+    """uint8 (N, 4, H, W) -> the same with all but the last channel, the class, standardised."""
 
     def __init__(self, data: Dataset, device: str, dtype: torch.dtype = torch.float32):
         self.normalise, self.dtype = Normalise(data, device, dtype), dtype
