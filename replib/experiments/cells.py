@@ -40,6 +40,7 @@ from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
 from replib.training.evaluation import REPORTED, Split, accuracy, deployed_report, relative_jump
 from replib.training.known_logits import known_logits, left_over
+from replib.training.loader import worthwhile
 from replib.training.loop import Recipe, Task, fit
 from replib.training.optimisation import parameter_groups
 from replib.training.step import chosen, sgd
@@ -460,6 +461,8 @@ def run_cell(
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
     method, recipe = method_of(cell, model), recipe_of(cell)
+    if cell.transfer is not None:
+        decoders = worthwhile(data.train_images, len(splits.train), decoders)
     task = Task(
         model=model,
         data=data,

@@ -38,7 +38,7 @@ from torch import Tensor
 from replib.errors import UserError
 
 AHEAD = 3  # batches that are being decoded, or wait: the bound of the memory that is shared
-WORTH = 16  # images that a process more is worth
+WORTH = 2**22  # pixels of batches that a process more is worth
 INTERPOLATIONS = ("bilinear", "bicubic")  # both averaging over the pixels they shrink
 
 
@@ -95,7 +95,7 @@ def batches(
         is resized, and resized to (S, S): torchvision's RandomResizedCrop, given its box. For a
         Folder only: what lies in memory has been cropped, and is cropped further where it lies.
     interpolation: of the resized boxes. Images without a box: bicubic, as `decode`.
-    workers: processes; 0 decodes in this one. None: as many as cores, but WORTH images for each.
+    workers: processes; 0 decodes in this one. None: as many as `worthwhile`.
 
     Memory, for a Folder: AHEAD batches shared with the workers, and on a CPU the one in use; on a
     GPU 2 pinned and 2 there. Each is 3 S^2 bytes an image. Copies to a GPU run on a stream of
@@ -172,7 +172,7 @@ def decoded(
     counts = [len(chunk) for chunk in chunks]
     parts = None if boxes is None else boxes.double().split(counts)
     if workers is None:
-        workers = min(cores(), sum(counts) // WORTH)
+        workers = worthwhile(images, sum(counts))
     channels, *sides = images.shape[1:]
     shape = (min(AHEAD, len(chunks)), max([1, *counts]), *sides, channels)
     if not chunks:
@@ -271,6 +271,12 @@ def ended(pool: ProcessPoolExecutor) -> Iterator[None]:
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worthwhile(images: Tensor | Folder, count: int, most: int | None = None) -> int:
+    """How many processes shall decode so many images: at most one for each core, or `most`; none
+    where the images are so small that starting one would take longer."""
+    return min(most or cores(), count * prod(images.shape[2:]) // WORTH)
 
 
 def cores() -> int:
