@@ -259,8 +259,8 @@ class Cell(Strict):
         """Rules between keys."""
         boxed = [name for name, task in SCENES.items() if task == "detection"]
         for name in ("image_size", "image_resize", "classes"):
-            allowed = ("imagefolder", "digits") if name == "image_size" else ("imagefolder",)
-            allowed += () if name == "classes" else tuple(boxed)
+            allowed = ("imagefolder",) if name == "classes" else ("imagefolder", *boxed)
+            allowed += ("digits",) if name == "image_size" else ()
             if getattr(self, name) is not None and self.data not in allowed:
                 raise ValueError(
                     f"{name} (={getattr(self, name)}) is for data={' or '.join(allowed)} only"
