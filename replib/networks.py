@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from replib import parallel
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
+from replib.branches import Chain, Convolution, Filter, Sum
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -80,6 +81,25 @@ def fold_norms_in_training(model: nn.Module, folded: bool = True) -> nn.Module:
         if isinstance(module, RepBlock):
             module.folded = folded
     return model
+
+
+def dilate(block: RepBlock, dilation: int, stride: int = 1) -> None:
+    """Give a block another dilation and stride, padded so that its map keeps its size at stride 1;
+    its weights stay. Not for a block that has been run, whose plans are of its old shape."""
+    g = block.geometry
+    sizes = (dilation,) * g.dims
+    for piece in reversed([*block.modules()]):  # what is inside first
+        if isinstance(piece, Convolution | Filter):
+            piece.dilation = sizes
+            piece.extent = tuple(dilation * (k - 1) + 1 for k in piece.weight.shape[2:])
+        elif isinstance(piece, Chain):
+            axes = zip(*(part.extent for part in piece), strict=True)
+            piece.extent = tuple(sum(e - 1 for e in axis) + 1 for axis in axes)
+        elif isinstance(piece, Sum):
+            axes = zip(*(part.extent for part in piece.branches.values()), strict=True)
+            piece.extent = tuple(map(max, axes))
+    padding = tuple(dilation * (k - 1) // 2 for k in g.kernel_size)
+    block.geometry = replace(g, dilation=sizes, padding=padding, stride=(stride,) * g.dims)
 
 
 def unique_modules(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:

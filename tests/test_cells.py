@@ -23,6 +23,7 @@ from replib.experiments.params import (
     RepOptParams,
     ResRepParams,
     Table,
+    TransferParams,
 )
 from replib.experiments.store import Store, sha256
 from replib.methods import cycle, distill
@@ -207,7 +208,8 @@ def test_a_new_key_at_its_default_changes_no_key():
                    block_options={"identity": False}, plain_sizes=[1],
                    resrep=ResRepParams(target=0.5), narrow=NarrowParams(target=0.5, rule="uniform"),
                    search=True, repopt=RepOptParams(), scales="a" * 64,
-                   body_options={"depths": [1]}, receptive_field=32, split_seed=1)  # fmt: skip
+                   body_options={"depths": [1]}, receptive_field=32, split_seed=1,
+                   transfer=TransferParams(head="fcn"))  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

@@ -195,6 +195,17 @@ def test_a_schedule_is_the_usual_one(case):
     assert every_step(Schedule(**arguments)) == pytest.approx(usual(), rel=1e-12, abs=1e-15)
 
 
+def test_poly_is_a_power_of_what_is_left():
+    """Chen et al., DeepLab, equation of the "poly" policy: base (1 - step / steps) ^ 0.9."""
+    schedule = Schedule(schedule="poly", rate_per="step")
+    rates = [schedule.rate(0.5, step // 5, 4, step % 5, 5) for step in range(20)]
+    assert rates == pytest.approx([0.5 * (1 - step / 20) ** 0.9 for step in range(20)])
+    warm = Schedule(schedule="poly", rate_per="step", warmup_steps=4, warmup_counts=False)
+    assert warm.rate(0.5, 0, 4, 4, 5) == 0.5 and warm.rate(0.5, 3, 4, 4, 5) == pytest.approx(
+        0.5 * (1 / 16) ** 0.9
+    )
+
+
 def test_the_default_schedule_is_what_it_was_to_the_bit():
     for epoch in range(30):
         assert Schedule().rate(0.75, epoch, 30, 7, 11) == cosine(epoch, 30, 0.75)
@@ -811,7 +822,7 @@ def test_what_is_refused(case):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(schedule="linear"), r"^schedule \(='linear'\) must be one of cosine, steps\.$"),
+        (dict(schedule="linear"), r"^schedule \(='linear'\) must be one of cosine, steps, poly\.$"),
         (dict(rate_per="batch"), r"^rate_per \(='batch'\) must be one of epoch, step\.$"),
         (dict(warmup_per="batch"), r"^warmup_per \(='batch'\) must be one of epoch, step\.$"),
         (dict(warmup_epochs=-1), r"^warmup_epochs \(=-1\) must be a whole number, at least 0\.$"),

@@ -23,7 +23,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "squeezing": {"branches", "kernels"},
     "sharing": {"squeezing", "branches", "kernels"},
     "blocks": {"sharing", "branches", "kernels"},
-    "networks": {"blocks", "parallel"},
+    "networks": {"blocks", "branches", "parallel"},
     "narrowing": {"networks", "blocks"},
     "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
@@ -38,13 +38,14 @@ LOWER = {  # a part -> the parts it may import, besides itself
     },
     # blocks and branches: what decays, by kind and place
     "training": {"parallel", "fusing", "blocks", "branches"},
+    "transfer": {"training", "fusing", "networks", "blocks"},
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": {
         "methods", "training", "machine", "networks", "blocks", "branches", "kernels"
     },
     "experiments": {
         "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
-        "blocks", "parallel", "narrowing",
+        "blocks", "parallel", "narrowing", "transfer",
     },
     "benchmark": {
         "analysis", "verification", "training", "methods", "official", "models", "convert",

@@ -27,6 +27,7 @@ from replib.experiments.params import (
     Table,
     built,
     check_scales,
+    on_body,
     searched_network,
     short,
 )
@@ -39,9 +40,13 @@ from replib.training import loop
 from replib.training.data import Dataset, Splits, derive, load, split
 from replib.training.evaluation import REPORTED, Split, accuracy, deployed_report, relative_jump
 from replib.training.known_logits import known_logits, left_over
+from replib.training.loader import worthwhile
 from replib.training.loop import Recipe, Task, fit
 from replib.training.optimisation import parameter_groups
 from replib.training.step import chosen, sgd
+from replib.transfer import VERSION as TRANSFER_VERSION
+from replib.transfer import data as scenes
+from replib.transfer.tasks import Detection, Kind, Segmentation, extra, scaled_groups
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
         versions["resrep"] = resrep.VERSION
     if cell.repopt is not None:  # the version of a search is in its key
         versions |= {"repopt": repoptimizers.VERSION, "block:csla": BLOCKS["csla"].version}
+    if cell.transfer is not None:
+        versions["transfer"] = TRANSFER_VERSION
     return versions
 
 
@@ -274,6 +281,9 @@ def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "
 
 def dataset(cell: Cell) -> Dataset:
     """The data of a cell."""
+    if cell.data in scenes.SCENES:
+        sides = {"longer": cell.image_size, "shorter": cell.image_resize}
+        return scenes.load(cell.data, located(cell.data_dir), **sides)
     names = "image_size", "image_resize", "classes"
     return opened(cell.data, cell.data_dir, **{name: getattr(cell, name) for name in names})
 
@@ -298,11 +308,14 @@ def split_of(cell: Cell) -> Splits:
 
 
 def new_model(cell: Cell) -> nn.Module:
-    """The network of a cell as its seed initialises it."""
+    """The network of a cell as its seed initialises it; of one that trains a fused backbone, before
+    that is fused."""
     data = dataset(cell)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(cell.seed, "initialisation"))
         shape = {"classes": len(data.classes), "in_channels": data.in_channels}
+        if cell.transfer is not None:
+            return on_body(cell, **shape)
         model = built(cell.network, **shape)
         return dyrep.initialised(model) if cell.initialisation == "fan_out" else model
 
@@ -335,6 +348,8 @@ def with_weights(cell: Cell, weights: dict) -> nn.Module:
     Raises: RuntimeError, KeyError or AttributeError where they are of another network.
     """
     model = new_model(cell)
+    if cell.transfer is not None and cell.transfer.fused:
+        model.fuse_body()
     dyrep.rebuild(model, weights.get("structure", {}))
     if (pruning := cell.resrep or cell.narrow) is not None:
         deployed = cell.resrep is not None
@@ -380,11 +395,17 @@ def searched(planned: Planned, plan_cells: dict[str, Planned], store: Store) -> 
 
 
 def load_start(model: nn.Module, cell: Cell, path: str) -> None:
-    """Begin from a file: a network of ours, a checkpoint, or RepAn's layout of its CIFAR bodies.
+    """Begin from a file: a network of ours, a checkpoint, or RepAn's layout of its CIFAR bodies; a
+    backbone from that of a classifier, of any classes.
 
     Raises: UserError where it is damaged, or of another network.
     """
     try:
+        if cell.transfer is not None:
+            with torch.device("meta"):  # for its names
+                classifier = built(cell.network, classes=2, in_channels=dataset(cell).in_channels)
+            model.load_body(state_of(located(path), cell.body, classifier))
+            return
         state = state_of(located(path), cell.body, model)
         fill(model, state, classes=len(dataset(cell).classes))
     except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
@@ -426,7 +447,11 @@ def run_cell(
     if planned.start_path is not None:
         load_start(model, cell, planned.start_path)
     elif cell.start is not None:
-        model.load_state_dict(trained_model(plan_cells[cell.start], store).state_dict())
+        begun = trained_model(plan_cells[cell.start], store).state_dict()
+        load = model.load_state_dict if cell.transfer is None else model.load_body
+        load(begun)
+    if cell.transfer is not None and cell.transfer.fused:
+        model.fuse_body()
     search = searched(planned, plan_cells, store)
     if search is not None and cell.repopt.initialise:
         drawn = torch.Generator().manual_seed(derive(cell.seed, "branches"))
@@ -438,6 +463,8 @@ def run_cell(
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
     method, recipe = method_of(cell, model), recipe_of(cell)
+    if cell.transfer is not None:
+        decoders = worthwhile(data.train_images, len(splits.train), decoders)
     task = Task(
         model=model,
         data=data,
@@ -451,7 +478,7 @@ def run_cell(
         device=device,
         decoders=decoders,
         compile=chosen(
-            compile,
+            compile if cell.transfer is None else "none",  # its shapes change from batch to batch
             device,
             flops=flops,
             steps=planned.epochs * recipe.steps(len(splits.train)),
@@ -460,6 +487,7 @@ def run_cell(
         say=say,
         optimizer=optimizer_of(cell, model, search),
         observe=observed(cell, model, method, device),
+        kind=kind_of(cell, device),
     )
     resume, problem = store.load(key, "checkpoint")
     if problem:
@@ -501,7 +529,7 @@ def run_cell(
     flops, teacher_flops = loop.training_flops(task)
     per_epoch = [row.get("training_flops", flops) for row in progress.history]
     best = {"model": progress.best["weights"]}
-    if cell.resrep is not None or cell.narrow is not None:
+    if cell.resrep or cell.narrow or cell.transfer:
         size = sum(parameter.numel() for parameter in model.parameters())
         for row in progress.history:
             row["training_parameters"] = size
@@ -510,7 +538,7 @@ def run_cell(
     else:  # it may have had another structure then
         best["structure"] = progress.best["structure"]
         model = with_weights(cell, best).to(memory_format=torch.channels_last)
-    test = Split.test(data, device)
+    test = (Split if task.kind is None else task.kind.split).test(data, device)
     if cell.resrep is not None:
         model, pruning = pruned(method, model, test)
         widths = {name: after for name, (_, after) in pruning["widths"].items()}
@@ -519,7 +547,7 @@ def run_cell(
         best["widths"] = widths
     seen = planned.epochs * images
     asked += planned.epochs * (left_over(images, batch, part) if task.known is not None else images)
-    selected = progress.history[progress.best["index"]]
+    selected, metric = progress.history[progress.best["index"]], cell.metric
     result = {
         "key": key,
         "parameters": cell.in_key,
@@ -530,14 +558,16 @@ def run_cell(
         "restarts": columns(progress.restarts),
         "kept_blocks": method.kept if cell.cycle is not None else {},
         "final": {
-            "last": progress.history[-1]["test_accuracy"],
-            "validation_best": best_of(progress.history, "validation_accuracy"),
-            "test_best": best_of(progress.history, "test_accuracy"),
+            "last": progress.history[-1][f"test_{metric}"],
+            "validation_best": best_of(progress.history, "validation", metric),
+            "test_best": best_of(progress.history, "test", metric),
             "selected_by": recipe.select,
             "selected_epoch": progress.best["index"],
-            "selected": selected["test_accuracy"],
+            "selected": selected[f"test_{metric}"],
         },
-        "deployed": deployed_report(model, test, cell.views),
+        "deployed": deployed_report(model, test, cell.views)
+        if task.kind is None
+        else task.kind.deployed_report(model, test),
         "compute": {
             "epochs": planned.epochs,
             "training_flops": sum(per_epoch) * images,
@@ -660,8 +690,9 @@ def recipe_of(cell: Cell) -> Recipe:
 
 
 def selected_by(cell: Cell) -> str:
-    """What selects the epoch that counts; of a network that is pruned in the end, none does."""
-    if cell.resrep is not None:
+    """What selects the epoch that counts; of a network that is pruned in the end, none does, nor of
+    a detector or segmenter as published."""
+    if cell.resrep is not None or (cell.transfer is not None and cell.protocol == "paper"):
         return "last"
     return "test" if cell.protocol == "paper" else "validation"
 
@@ -691,7 +722,23 @@ def groups_of(cell: Cell, model: nn.Module, method: object) -> list[dict]:
     rules = cell.weight_decay, cell.decay, cell.bias_rate
     if cell.resrep is not None:
         return method.parameter_groups(*rules)
-    return parameter_groups(model, *rules)
+    groups = parameter_groups(model, *rules)
+    if cell.transfer is not None:
+        return scaled_groups(groups, model, cell.transfer.stem_rate, cell.transfer.head_rate)
+    return groups
+
+
+def kind_of(cell: Cell, device: str) -> Kind | None:
+    """What a cell is trained for, where it is not the classes of images. Raises: UserError where
+    the packages that score it are not installed."""
+    if cell.transfer is None:
+        return None
+    for name in ("pycocotools", "torchmetrics"):
+        extra(name)
+    data, interval = dataset(cell), cell.transfer.interval
+    if cell.transfer.task == "detection":
+        return Detection(data, device, interval)
+    return Segmentation(data, device, interval, cell.transfer.auxiliary)
 
 
 def observed(cell: Cell, model: nn.Module, method: object, device: str) -> Callable[[], dict]:
@@ -774,13 +821,15 @@ def columns(rows: list[dict]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
-def best_of(history: list[dict], name: str) -> dict | None:
-    """Test accuracy at the epoch where `name` is highest (the last of equals for validation)."""
-    if history[0][name] is None:
+def best_of(history: list[dict], split: str, metric: str) -> dict | None:
+    """The test score at the epoch where that of `split` is highest (the last of equals for
+    validation), of those that were scored."""
+    name, test = f"{split}_{metric}", f"test_{metric}"
+    order = [i for i, row in enumerate(history) if row[name] is not None]
+    if not order:
         return None
-    order = range(len(history)) if name == "test_accuracy" else reversed(range(len(history)))
-    index = max(order, key=lambda i: history[i][name])
-    return {"epoch": index, "test_accuracy": history[index]["test_accuracy"]}
+    index = max(order if split == "test" else reversed(order), key=lambda i: history[i][name])
+    return {"epoch": index, test: history[index][test]}
 
 
 def context(device: str, seconds: float, precision: str, compile: str) -> dict:

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from replib.checkpoint import save_model
+from replib.errors import UserError
 from replib.experiments.cells import Plan, trained_model
 from replib.experiments.store import Store
 from replib.experiments.weights import file_digest, weights_digest
@@ -40,6 +41,12 @@ def write_networks(plan: Plan, store: Store, folder: Path) -> Counter:
 
     Raises: UserError where weights are not on this machine.
     """
+    for planned in plan.cells.values():
+        if planned.cell.transfer is not None:
+            raise UserError(
+                f"{', '.join(planned.rows)} (transfer.head={planned.cell.transfer.head}) cannot be "
+                "written: only classifiers can; a backbone is that of the row it starts from."
+            )
     records, sums = [], []
     for (row, seed), key in plan.by_row.items():
         name = f"{row.replace('/', '-')}-seed{seed}.safetensors"

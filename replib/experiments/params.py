@@ -34,6 +34,9 @@ from replib.training.data import DATA
 from replib.training.evaluation import VIEWS
 from replib.training.optimisation import DECAY, RATE_PER, SCHEDULES, Schedule
 from replib.training.step import OPTIMIZERS, PRECISIONS
+from replib.transfer import HEADS, METRICS, POOLING
+from replib.transfer.data import SCENES
+from replib.transfer.tasks import Scene
 
 Positive = Annotated[int, Field(ge=1, le=10**6)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -44,7 +47,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Above = Annotated[float, Field(gt=0, le=100)]
 Channels = Annotated[list[float], Field(min_length=1, max_length=3)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
-Data, Body, Block = Literal[tuple(DATA)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
+Data, Body, Block = Literal[(*DATA, *SCENES)], Literal[tuple(BODIES)], Literal[tuple(BLOCKS)]
 Restructure, Freeze = Literal[tuple(RESTRUCTURE)], Literal[tuple(FREEZE)]
 RateSchedule, View = Literal[tuple(RATE_SCHEDULES)], Literal[tuple(VIEWS)]
 
@@ -118,6 +121,33 @@ class NarrowParams(Strict):
     targets: Annotated[list[str], Field(min_length=1)] | None = None  # names, patterns
 
 
+class TransferParams(Strict):
+    """Detection or segmentation with the body as a backbone (replib.transfer)."""
+
+    head: Literal[tuple(HEADS)]
+    channels: Positive | None = None  # of its maps; None: as its paper has them
+    anchor: Annotated[int, Field(ge=2, le=512)] = 32  # the smallest, in pixels of a side
+    # Boxes of an image that Faster R-CNN looks into, a quarter of which it is trained on; None:
+    # torchvision's numbers (2000, 1000 in evaluation, 512).
+    proposals: Annotated[int, Field(ge=4, le=10**4)] | None = None
+    output_stride: Literal[8, 16, 32] = 32  # of segmentation: blocks are dilated below 32
+    dilated_blocks: Positive | None = None  # only the last ones; None: all that it takes
+    auxiliary: Fraction = 0.0  # weight of the loss of a second head, of segmentation
+    fused: bool = False  # the backbone is trained as it is deployed, not as blocks
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0  # the stem and those after it stay
+    fixed_norms: bool = False  # running statistics of the backbone stay
+    stem_rate: Rate = 1.0  # factor on the learning rate of the backbone's stem
+    head_rate: Rate = 1.0  # and of all that is not backbone
+    # Height and width that are cropped after scaling by a factor of `zoom`; None: whole images.
+    crop: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    zoom: Annotated[list[Above], Field(min_length=2, max_length=2)] = [1.0, 1.0]
+    interval: Positive = 1  # epochs from one evaluation to the next; the last one always is
+
+    @property
+    def task(self) -> str:
+        return HEADS[self.head]
+
+
 class DistillParams(Strict):
     """RepAn's distillation loss (replib.methods.distill)."""
 
@@ -130,7 +160,8 @@ class Cell(Strict):
 
     data: Data
     data_dir: str | None = None  # where the data lie: not part of the key, their digest is
-    # Pixels of a side, after the centre crop of testing; of the digits, a multiple of 8.
+    # Pixels of a side, after the centre crop of testing; of the digits, a multiple of 8. Of images
+    # with boxes, which are not cropped, the most that the longer side is.
     image_size: Positive | None = None
     image_resize: Positive | None = None  # the shorter side before that crop (224 of 256, say)
     classes: Positive | None = None  # of an image folder: the first ones by name; None: all
@@ -213,6 +244,7 @@ class Cell(Strict):
     resrep: ResRepParams | None = None
     narrow: NarrowParams | None = None
     distill: DistillParams | None = None
+    transfer: TransferParams | None = None  # None: classes of images
     search: bool = False  # a search for RepOptimizers: the mean of every scale is logged
     repopt: RepOptParams | None = None
     scales: str | None = None  # key of the cell that searched for them, or path of a file
@@ -225,8 +257,10 @@ class Cell(Strict):
     @model_validator(mode="after")
     def consistent(self):
         """Rules between keys."""
+        boxed = [name for name, task in SCENES.items() if task == "detection"]
         for name in ("image_size", "image_resize", "classes"):
-            allowed = ("imagefolder", "digits") if name == "image_size" else ("imagefolder",)
+            allowed = ("imagefolder",) if name == "classes" else ("imagefolder", *boxed)
+            allowed += ("digits",) if name == "image_size" else ()
             if getattr(self, name) is not None and self.data not in allowed:
                 raise ValueError(
                     f"{name} (={getattr(self, name)}) is for data={' or '.join(allowed)} only"
@@ -266,7 +300,68 @@ class Cell(Strict):
             self.growth_is_consistent()
         self.scales_are_consistent()
         self.pruning_is_consistent()
+        self.transfer_is_consistent()
         return self
+
+    def transfer_is_consistent(self) -> None:
+        """Rules between transfer and the other keys. Raises: ValueError."""
+        given, task = self.transfer, SCENES.get(self.data)
+        if given is None:
+            if task is not None:
+                raise ValueError(f"data (={self.data}) needs transfer: what is to be found in it")
+            return
+        if given.task != task:
+            fitting = ", ".join(name for name, one in SCENES.items() if one == given.task)
+            raise ValueError(
+                f"data (={self.data}) with transfer.head={given.head} must be one of {fitting}"
+            )
+        others = ("cycle", "dyrep", "resrep", "narrow", "distill", "repopt", "receptive_field")
+        for name in (name for name in others if getattr(self, name) is not None):
+            raise ValueError(f"{name} and transfer exclude each other: leave one of them out")
+        known = {field.name for field in fields(Augmentation)} - {"flip", "crop_interpolation"}
+        for name in sorted(known | {"phases", "search", "views"}):
+            if (value := getattr(self, name)) != (default := Cell.model_fields[name].default):
+                raise ValueError(f"{name} (={value}) with transfer must be (={default})")
+        segments = given.task == "segmentation"
+        only = {
+            "anchor": not segments,
+            "proposals": given.head == "faster_rcnn",
+            "output_stride": segments,
+            "dilated_blocks": segments,
+            "auxiliary": segments,
+            "crop": segments,
+            "zoom": given.crop is not None,
+        }
+        for name in (name for name, may in only.items() if not may):
+            if (value := getattr(given, name)) != TransferParams.model_fields[name].default:
+                need = "crop" if name == "zoom" and segments else "another head"
+                raise ValueError(f"transfer.{name} (={value}) needs {need} (={given.head} here)")
+        if given.dilated_blocks is not None and given.output_stride == 32:
+            raise ValueError(
+                f"transfer.dilated_blocks (={given.dilated_blocks}) needs transfer.output_stride "
+                "below 32: nothing is dilated"
+            )
+        if given.fused and self.start is None:
+            raise ValueError(
+                "transfer.fused (=true) needs start: a backbone that has been trained as blocks"
+            )
+        if given.zoom[0] > given.zoom[1]:
+            raise ValueError(f"transfer.zoom (={given.zoom}) must be (least, most)")
+        if given.head in POOLING and not (self.drop_last and self.batch_size > self.accumulate):
+            raise ValueError(
+                f"transfer.head (={given.head}) has a norm over one value an image: it needs "
+                "drop_last=true and at least 2 images in every part of a batch"
+            )
+        if given.interval > 1 and self.protocol == "clean":
+            raise ValueError(
+                f"transfer.interval (={given.interval}) must be 1 with protocol=clean: every epoch "
+                "may be the one that is selected"
+            )
+
+    @property
+    def metric(self) -> str:
+        """What its scores are called."""
+        return "accuracy" if self.transfer is None else METRICS[self.transfer.task]
 
     def pruning_is_consistent(self) -> None:
         """Rules between resrep, narrow and the other keys. Raises: ValueError."""
@@ -394,8 +489,11 @@ class Cell(Strict):
         values = {field.name: getattr(self, field.name) for field in fields(Schedule)}
         return Schedule(**values | {"milestones": tuple(self.milestones)})
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> Augmentation | Scene:
         """What is done to its training images. Raises: UserError where keys do not agree."""
+        if (scene := self.transfer) is not None:
+            crop = None if scene.crop is None else tuple(scene.crop)
+            return Scene(self.flip, crop, tuple(scene.zoom), self.crop_interpolation)
         values = {field.name: getattr(self, field.name) for field in fields(Augmentation)}
         return Augmentation(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -452,7 +550,7 @@ ADDED = {
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
     "initialisation", "dyrep", "resrep", "narrow", "search", "repopt", "scales",
-    "views", "body_options", "receptive_field", "split_seed",
+    "views", "body_options", "receptive_field", "split_seed", "transfer",
 }  # fmt: skip
 
 
@@ -468,6 +566,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
             ResRepParams,
             NarrowParams,
             DistillParams,
+            TransferParams,
             RepOptParams,
         ):
             if kind == nested | None:
@@ -665,6 +764,11 @@ class Table(Strict):
             values["epochs"], values["phases"] = self.total_epochs(longer), 1
         return values
 
+    def metric(self, row: str) -> str:
+        """What the scores of a row are called: `Cell.metric`."""
+        head = (self.cell_of(row, self.seeds[0]).get("transfer") or {}).get("head")
+        return "accuracy" if head is None else METRICS[HEADS[head]]
+
     def total_epochs(self, row: str) -> int:
         """Epochs of a row and of the rows it starts from."""
         values = self.cell_of(row, self.seeds[0])
@@ -797,6 +901,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "resrep": ResRepParams,
             "narrow": NarrowParams,
             "distill": DistillParams,
+            "transfer": TransferParams,
             "repopt": RepOptParams,
         }
         for part in loc[:-1]:
@@ -915,6 +1020,18 @@ def built(network: tuple, *, classes: int, in_channels: int) -> nn.Module:
         raise ValueError(f"{said}: {error}") from None
 
 
+def on_body(cell: Cell, *, classes: int, in_channels: int = 3) -> nn.Module:
+    """The detector or segmenter of a cell, its backbone made of blocks. Raises: ValueError where
+    its body is no backbone."""
+    from replib.transfer.networks import network  # torchvision's models are slow to import
+
+    given = cell.transfer
+    body = built(cell.network, classes=classes, in_channels=in_channels)
+    names = ("anchor", "proposals", "output_stride", "dilated_blocks", "auxiliary", "channels")
+    options = {name: getattr(given, name) for name in (*names, "frozen_stages", "fixed_norms")}
+    return network(given.head, body, classes, **options)
+
+
 @lru_cache(maxsize=1024)
 def buildable(
     network: tuple,
@@ -977,6 +1094,9 @@ def check_network(cell: Cell, where: str) -> None:
     try:
         grows = cell.dyrep is not None
         buildable(cell.network, chosen and tuple(chosen), grows, cell.search, targets)
+        if cell.transfer is not None:
+            with torch.device("meta"):
+                on_body(cell, classes=2)
     except ValueError as error:
         raise UserError(f"{where}: body={cell.body}, block={cell.block}: {error}") from None
 
@@ -991,7 +1111,13 @@ def check_row(table: Table, row: str, where: str) -> Cell:
         raise in_one_line(error, f"{where}, row {row}") from None
     if spec.start in table.rows:
         parent = table.cell_of(spec.start, table.seeds[0])
-        for key in ("data", "body", "block", "width", *OPTIONS):
+        if parent.get("transfer") is not None:
+            raise UserError(
+                f"{where}, row {row}: start (={spec.start!r}) must be a row without transfer: a "
+                "backbone is what another network takes."
+            )
+        same = () if cell.transfer is not None else ("data",)  # a backbone has seen other images
+        for key in (*same, "body", "block", "width", *OPTIONS):
             if (theirs := parent.get(key, Cell.model_fields[key].default)) != getattr(cell, key):
                 raise UserError(
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "

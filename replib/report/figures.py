@@ -58,7 +58,9 @@ def curves(results: Results) -> Figure | None:
         low = []
         for row, look in zip(rows, lines(len(rows)), strict=True):
             part = history[history.row == row]
-            table = 100 * part.pivot_table("test_accuracy", "total_epoch", "seed")
+            table = 100 * part.pivot_table(
+                f"test_{results.table.metric(row)}", "total_epoch", "seed"
+            )
             mean, spread = table.mean(axis=1), table.sem(axis=1).fillna(0)
             label = name(results, row)
             axis.plot(mean.index, mean, lw=1.6, label=label, **look)
@@ -70,7 +72,7 @@ def curves(results: Results) -> Figure | None:
             axis.axvline(epoch - 0.5, color=MUTED, ls="--", lw=1)
         if low:
             axis.set_ylim(max(0, min(low) - 3), None)
-        axis.set_ylabel("test accuracy, %")
+        axis.set_ylabel(f"test {results.table.metric(control)}, %")
         axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel(
         "epoch (dashed: merge, redraw, restore, or the control's restart; band: standard error)"
@@ -144,7 +146,8 @@ def gains(results: Results, published: bool | None = None) -> Figure | None:
     ]
     axis.set_yticks(range(len(rows)), names)
     axis.set_xlabel(
-        "paired gain over the control, points of test accuracy (* over the control of its own kind)"
+        f"paired gain over the control, points of test {' or '.join(results.metrics)} "
+        "(* over the control of its own kind)"
     )
     axis.grid(axis="x", color="#e4e7eb")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

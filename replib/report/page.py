@@ -97,8 +97,9 @@ class Page:
         """What this page is, what was claimed, and what its numbers cannot say."""
         table, parts = self.table, []
         if table.proxy:
-            data = next(iter(self.results.plan.cells.values())).cell.data
-            parts.append(f'<p class="warning">Data: {escape(data)}. {escape(table.proxy)}</p>')
+            data = dict.fromkeys(one.cell.data for one in self.results.plan.cells.values())
+            said = f"Data: {', '.join(data)}. {table.proxy}"
+            parts.append(f'<p class="warning">{escape(said)}</p>')
         if self.results.settings:
             changed = ", ".join(self.results.settings)
             parts.append(
@@ -193,13 +194,16 @@ class Page:
         both = bool(results.published)
         of_paper = {row: results.paper[row].get("accuracy") for row in results.rows}
         paper = ["in the paper, %"] if any(v is not None for v in of_paper.values()) else []
-        header = ["", *paper, "accuracy, %", *(["published"] if both else []), "gain, points"]
-        header += [*(["published"] if both else []), "over", "verdict"]
+        metrics, published = results.metrics, ["published"] if both else []
+        header = ["", *paper, f"{' or '.join(metrics)}, %", *published, "gain, points", *published]
+        header += ["over", "verdict"]
         lines = []
         for row in results.rows:
             spec, other = self.table.rows[row], results.against(row)
             taught = results.teacher_accuracy(row, results.fallback)
             label = f"<b>{escape(spec.label)}</b>"
+            if len(metrics) > 1:
+                label += f"<br><small>{self.table.metric(row)}</small>"
             if taught is not None:
                 label += f"<br><small>its teacher: {interval(taught)}</small>"
             line = [label, *([number(of_paper[row], 2)] if paper else [])]
@@ -210,10 +214,10 @@ class Page:
             over = NONE if other == row else escape(self.table.rows[other].label)
             lines.append([*line, f"<small>{over}</small>", escape(results.verdict(row))])
         note = (
-            "<p><small>Test accuracy of the deployed network at the checkpoint that the protocol "
-            "selects; mean, two-sided 95 % t-interval, n seeds. Gains are paired by seed. The "
-            "intervals are not adjusted for the number of comparisons. The verdict is about the "
-            "paper's gain and follows a rule.</small></p>"
+            f"<p><small>Test {' or '.join(metrics)} of the deployed network at the checkpoint that "
+            "the protocol selects; mean, two-sided 95 % t-interval, n seeds. Gains are paired by "
+            "seed. The intervals are not adjusted for the number of comparisons. The verdict is "
+            "about the paper's gain and follows a rule.</small></p>"
         )
         stale = len(results.stale)
         if stale:
@@ -222,6 +226,21 @@ class Page:
                 "older version of the code; they are not counted.</p>"
             )
         return HTML(table_html(header, lines, "numbers") + note)
+
+    def further(self) -> HTML:
+        """What is scored beside the metric, where something is."""
+        results = self.results
+        found = {row: results.further(row, results.fallback) for row in results.rows}
+        names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+        if not names:
+            return HTML("")
+        lines = [
+            [f"<b>{escape(self.table.rows[row].label)}</b>"]
+            + [interval(scores.get(name)) for name in names]
+            for row, scores in found.items()
+        ]
+        header = ["", *(escape(f"{name.replace('_', ' ')}, %") for name in names)]
+        return HTML(f"<h2>Further scores</h2>{table_html(header, lines, 'numbers')}")
 
     def views(self) -> HTML:
         """Accuracy on turned and flipped test images, where the table asks for it."""
@@ -375,6 +394,8 @@ class Page:
         cell, data, results = self.cell(row), dataset(self.cell(row)), self.results
         known = results.evidence(row, results.fallback).values()
         found = [n for e in known for n in e["result"]["history"].get("training_parameters", [])]
+        if not found and cell.transfer is not None:
+            return NONE
         if not found:
             network = cell.network
             found = [training_parameters(network, len(data.classes), data.in_channels)]
@@ -386,7 +407,10 @@ class Page:
         width = "" if cell.width == 1 else f", width × {cell.width:g}"
         given = (cell.block_options or {}) | (cell.body_options or {})
         options = [f"{name} = {value}" for name, value in given.items()]
-        return f"{cell.body}{width}, {cell.block}" + "".join(f", {option}" for option in options)
+        head = "" if cell.transfer is None else f"{cell.transfer.head} on "
+        fused = ", fused" if cell.transfer is not None and cell.transfer.fused else ""
+        options = "".join(f", {option}" for option in options)
+        return f"{head}{cell.body}{width}, {cell.block}{options}{fused}"
 
     def said(self) -> HTML:
         """What may be said: our own statement for every row, and the rule of the verdict."""

@@ -18,6 +18,7 @@ from replib.experiments.executor import Outcome, device_here, run_plan
 from replib.experiments.params import Cell, Counted, Row, Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
 from replib.report.catalogue import numbers
+from replib.training.shapes import DRAWN
 
 
 def profiles() -> dict[str, list[str]]:
@@ -54,7 +55,8 @@ class Results:
     """One profile of one table: its parameters, its cells, and the evidence that exists.
 
     Accuracies are in percent, gains in points, both of the deployed network on the test split,
-    at the checkpoint that the protocol selects.
+    at the checkpoint that the protocol selects. Of a row that detects or segments, its metric (mAP,
+    mIoU) stands wherever an accuracy is spoken of.
     """
 
     def __init__(self, table: str, profile: str, settings: list[str] = (), store=None):
@@ -140,9 +142,25 @@ class Results:
         }
 
     def accuracies(self, row: str, published: bool = False) -> dict[int, float]:
-        """seed -> test accuracy in percent of the deployed network."""
-        found = self.evidence(row, published).items()
-        return {seed: 100 * e["result"]["deployed"]["test_accuracy"] for seed, e in found}
+        """seed -> test accuracy in percent of the deployed network, or another metric."""
+        found, name = self.evidence(row, published).items(), f"test_{self.table.metric(row)}"
+        return {seed: 100 * e["result"]["deployed"][name] for seed, e in found}
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the scores on the page are."""
+        return list(dict.fromkeys(self.table.metric(row) for row in self.rows))
+
+    def further(self, row: str, published: bool = False) -> dict[str, Estimate]:
+        """Scores beside the metric: name -> mean and interval, in percent."""
+        found = [e["result"]["deployed"] for e in self.evidence(row, published).values()]
+        metric = f"test_{self.table.metric(row)}"
+        names = [name for name in (found[0] if found else {}) if name.startswith("test_")]
+        return {
+            name.removeprefix("test_"): estimate([100 * one[name] for one in found])
+            for name in names
+            if name != metric
+        }
 
     @property
     def views(self) -> list[str]:
@@ -197,11 +215,12 @@ class Results:
             return "the control"
         return verdict(self.gain(row, self.fallback), self.paper_gain(row), self.comparable)
 
-    @property
+    @cached_property
     def comparable(self) -> bool:
         """Whether results of this profile can be compared with the paper's."""
-        standard = not self.settings and self.table.cell.get("data") != "digits"
-        return standard and self.table.proxy is None
+        seed = self.table.seeds[0]
+        data = {self.table.cell_of(row, seed).get("data") for row in self.table.rows}
+        return not self.settings and not data & {"digits", *DRAWN} and self.table.proxy is None
 
     def cost(self, row: str, seed: int, published: bool = False) -> tuple[Cost, Cost] | None:
         """(own and starts, teachers) of one seed; None where evidence is missing."""

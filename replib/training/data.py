@@ -3,6 +3,7 @@
     digits       scikit-learn's handwritten digits, 8x8 grey, bundled with the library
     cifar10/100  through torchvision, downloaded on first use into the data folder
     imagefolder  any tree train/CLASS/*, val/CLASS/* (or test/CLASS/*)
+    shapes       three outlines in any colours, 32x32, drawn by replib.training.shapes
 
 Images are decoded into memory, up to RESIDENT_BYTES for training and test images together; a larger
 image folder stays on disk, as a `loader.Folder`. The rule asks the data, not the machine, so that a
@@ -21,7 +22,7 @@ import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +38,7 @@ DATA = {
     "cifar10": "torchvision's CIFAR-10, downloaded on first use",
     "cifar100": "torchvision's CIFAR-100, downloaded on first use",
     "imagefolder": "a folder with train/CLASS/* and val/CLASS/*",
+    "shapes": "three outlines drawn by a program, 32x32; nothing to download",
 }
 RESIDENT_BYTES = 4e9  # of decoded images, 3 bytes a pixel; more stay in their files
 DIGITS_POOL = 1000  # the first 1000 of 1797 digits train, the last 797 test
@@ -68,7 +70,7 @@ class Dataset:
 
     @property
     def in_channels(self) -> int:
-        return self.train_images.shape[1]
+        return len(self.mean)
 
     def normalised(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """uint8 images as float32, standardised per channel; channels last in memory."""
@@ -154,6 +156,10 @@ def load(
         return load_digits(image_size)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, Path(folder or "data"))
+    if name == "shapes":
+        from replib.training.shapes import drawn  # which uses this file
+
+        return replace(load_imagefolder(drawn(name), resident=True), name=name)
     if name == "imagefolder":
         if folder is None:
             raise UserError("data_dir is missing: data=imagefolder needs the folder to read.")

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from torch import Tensor
 from replib.errors import UserError
 
 AHEAD = 3  # batches that are being decoded, or wait: the bound of the memory that is shared
-WORTH = 16  # images that a process more is worth
+WORTH = 2**22  # pixels of batches that a process more is worth
 INTERPOLATIONS = ("bilinear", "bicubic")  # both averaging over the pixels they shrink
 
 
@@ -68,6 +68,14 @@ class Folder:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         return next(batches(self, [torch.arange(len(self))[index]], "cpu"))
 
+    def read(
+        self, file: str, box: Sequence[float] | None, interpolation: str = "bilinear"
+    ) -> np.ndarray:
+        """One of its files as uint8 (H, W, C), whole or cropped to a box; see `batches`."""
+        if box is None:
+            return decode(file, self.size, self.resize)
+        return decode_box(file, self.size, box, interpolation)
+
 
 def batches(
     images: Tensor | Folder,
@@ -87,7 +95,7 @@ def batches(
         is resized, and resized to (S, S): torchvision's RandomResizedCrop, given its box. For a
         Folder only: what lies in memory has been cropped, and is cropped further where it lies.
     interpolation: of the resized boxes. Images without a box: bicubic, as `decode`.
-    workers: processes; 0 decodes in this one. None: as many as cores, but WORTH images for each.
+    workers: processes; 0 decodes in this one. None: as many as `worthwhile`.
 
     Memory, for a Folder: AHEAD batches shared with the workers, and on a CPU the one in use; on a
     GPU 2 pinned and 2 there. Each is 3 S^2 bytes an image. Copies to a GPU run on a stream of
@@ -164,12 +172,13 @@ def decoded(
     counts = [len(chunk) for chunk in chunks]
     parts = None if boxes is None else boxes.double().split(counts)
     if workers is None:
-        workers = min(cores(), sum(counts) // WORTH)
-    shape = (min(AHEAD, len(chunks)), max([1, *counts]), images.size, images.size, 3)
+        workers = worthwhile(images, sum(counts))
+    channels, *sides = images.shape[1:]
+    shape = (min(AHEAD, len(chunks)), max([1, *counts]), *sides, channels)
     if not chunks:
         return
     slots = np.frombuffer(mmap.mmap(-1, prod(shape)), np.uint8).reshape(shape)
-    decoder = Decoder(images.size, images.resize, interpolation, slots)
+    decoder = Decoder(replace(images, files=(), sides=None), interpolation, slots)
 
     def work(number: int) -> tuple[list[str], list]:
         """The files of a batch, by name so that no worker needs the list, and their boxes."""
@@ -207,19 +216,14 @@ def decoded(
 class Decoder:
     """What every worker inherits: how images are decoded, and the memory that all write into."""
 
-    size: int
-    resize: int | None
+    folder: Folder  # without its files
     interpolation: str
-    slots: np.ndarray  # (AHEAD, n, S, S, 3)
+    slots: np.ndarray  # (AHEAD, n, H, W, C)
 
     def fill(self, slot: int, first: int, files: list[str], boxes: list) -> None:
         """Decode files into one slot, from row `first` on; a box may be None."""
         for row, (file, box) in enumerate(zip(files, boxes, strict=True), first):
-            if box is None:
-                pixels = decode(file, self.size, self.resize)
-            else:
-                pixels = decode_box(file, self.size, box, self.interpolation)
-            self.slots[slot, row] = pixels
+            self.slots[slot, row] = self.folder.read(file, box, self.interpolation)
 
 
 _decoder: Decoder | None = None  # set in each worker by its initializer
@@ -267,6 +271,12 @@ def ended(pool: ProcessPoolExecutor) -> Iterator[None]:
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worthwhile(images: Tensor | Folder, count: int, most: int | None = None) -> int:
+    """How many processes shall decode so many images: at most one for each core, or `most`; none
+    where the images are so small that starting one would take longer."""
+    return min(most or cores(), count * prod(images.shape[2:]) // WORTH)
 
 
 def cores() -> int:

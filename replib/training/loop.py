@@ -1,5 +1,8 @@
 """The one training loop: phases of epochs, each with a fresh optimizer and a fresh schedule.
 
+What a network is trained for is a `Task.kind`: without one, the classes of images; detection and
+segmentation are kinds of replib.transfer, with images, losses and scores of their own.
+
 A plain run is one phase. A cycle is several: at the start of each, the method restructures the
 network. DyRep restructures it between epochs of one phase: the optimizer then keeps what it knows
 of the parameters that stay. Everything random is drawn from (seed, purpose, phase, epoch), so a run
@@ -111,6 +114,12 @@ class Task:
     # Makes the optimizer of the groups, its state allocated; None: the one that the recipe says.
     optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None
     observe: Callable[[], dict] = dict  # what the log of every epoch is given besides
+    kind: object | None = None  # of replib.transfer.tasks; None: classes of images, accuracy
+
+    @property
+    def metric(self) -> str:
+        """What scores are called in the history, behind "validation_" and "test_"."""
+        return "accuracy" if self.kind is None else self.kind.metric
 
 
 @dataclass
@@ -173,13 +182,13 @@ class Run:
         if isinstance(self.images, Tensor):
             self.images = self.images.to(device)
         self.labels = data.train_labels.to(device)
-        # Each process evaluates on a share of the images.
-        own, whole = slice(parallel.place(), None, parallel.processes()), len(data.test_labels)
-        self.test = Split(
-            data.test_images, data.test_labels, torch.arange(whole)[own], data, device, dtype
-        )
-        held_out = task.validation[own]
-        self.held_out = Split(self.images, data.train_labels, held_out, data, device, dtype)
+        # Each process evaluates on a share of the images; what is no count, on all of them.
+        kind = Split if task.kind is None else task.kind.split
+        shared = slice(parallel.place(), None, parallel.processes())
+        own = shared if task.kind is None else slice(None)
+        tests, held_out = torch.arange(len(data.test_labels))[own], task.validation[own]
+        self.test = kind(data.test_images, data.test_labels, tests, data, device, dtype)
+        self.held_out = kind(self.images, data.train_labels, held_out, data, device, dtype)
         self.step: Step | None = None
         self.average: Average | None = None
         self.deployed: nn.Module | None = None
@@ -370,8 +379,10 @@ class Run:
 
     def objective(self, images: Tensor, labels: Tensor, *drawn: Tensor) -> Tensor:
         """The loss of a batch of augmented uint8 images; drawn: the values of `self.names`."""
-        x = self.normalise(images)
         rows = dict(zip(self.names, drawn, strict=True))
+        if self.task.kind is not None:
+            return self.task.kind.loss(self.model, images, labels, rows)
+        x = self.normalise(images)
         classes = len(self.task.data.classes)
         x, targets = self.task.recipe.augmentation.mixed(x, labels, classes, rows)
         logits = self.model(x)
@@ -495,15 +506,26 @@ class Run:
         else:
             refill(self.deployed, model)  # with the current lambda
 
-        def correct(split: Split, whole: int) -> float | None:
-            pause = self.pause if parallel.processes() == 1 else lambda: None
+        due = task.kind is None or task.kind.due(progress.epoch, task.recipe.epochs)
+        pause = self.pause if parallel.processes() == 1 else lambda: None
+
+        def score(split: Split, whole: int) -> float | None:
+            if not (due and whole):
+                return None
+            if task.kind is not None:
+                return task.kind.score(self.deployed, split, pause)
             count = right(self.deployed, split, pause)
             parallel.add_up([count])
-            self.pause()
-            return count.item() / whole if whole else None
+            return count.item() / whole
 
-        test = correct(self.test, len(task.data.test_labels))
-        validation = correct(self.held_out, len(task.validation))
+        sizes = len(task.data.test_labels), len(task.validation)
+        test, validation = parallel.of_the_first(
+            [
+                score(split, size)
+                for split, size in zip((self.test, self.held_out), sizes, strict=True)
+            ]
+        )
+        self.pause()
         loss = progress.loss.item() / self.images_per_epoch
         progress.history.append(
             {
@@ -512,8 +534,8 @@ class Run:
                 "learning_rate": float(f"{rate:.6g}"),
                 "rate": getattr(task.method, "rate", None),
                 "train_loss": float(f"{loss:.6g}"),
-                "validation_accuracy": validation,
-                "test_accuracy": test,
+                f"validation_{task.metric}": validation,
+                f"test_{task.metric}": test,
                 **(progress.trained or {}),
                 **task.observe(),
             }
@@ -568,6 +590,8 @@ def training_flops(task: Task, teacher: bool = True) -> tuple[int, int]:
     parts = task.recipe.accumulate
     parts *= parallel.processes() if parallel.splits(parts) else 1
     n = min(-(-task.recipe.batch_size // parts), len(task.train))
+    if task.kind is not None:
+        return task.kind.training_flops(copy.deepcopy(task.model), n, task.train, task.device), 0
     model = copy.deepcopy(task.model).to(task.device).train()
     normalise = Normalise(task.data, task.device, next(model.parameters()).dtype)
     x = normalise(next(loader.batches(task.data.train_images, [task.train[:n]], task.device)))

@@ -22,6 +22,7 @@ tree, so that it holds for any network.
                            late_steps=1, decay="matrices_and_identity"
     ResRep's base          schedule="steps", milestones=[120, 180]
     ResRep                 rate_per="step", decay="matrices", bias_rate=2; compactors apart
+    PSPNet, DeepLab        schedule="poly", rate_per="step", decay="all"
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from replib.errors import UserError
 SCHEDULES = {
     "cosine": "falls as a half cosine to `minimum_rate` (Loshchilov and Hutter, 2017)",
     "steps": "is multiplied by `milestone_factor` at every epoch of `milestones`",
+    "poly": "falls to 0 as what is left of the phase to the power 0.9 (Chen et al., 2018)",
 }
+POWER = 0.9  # of "poly"
 RATE_PER = ("epoch", "step")
 
 
@@ -100,7 +103,7 @@ class Schedule:
         }
         for what in (what for what, found in wrong.items() if found):
             raise UserError(f"milestones (={list(self.milestones)}) {what}.")
-        if steps and self.minimum_rate:
+        if self.schedule != "cosine" and self.minimum_rate:
             raise UserError(
                 f"minimum_rate (={self.minimum_rate}) is for schedule=cosine: set it to 0."
             )
@@ -137,6 +140,8 @@ class Schedule:
             return base * self.milestone_factor**passed
         if not self.warmup_counts:
             time, total = time - warmup, total - warmup
+        if self.schedule == "poly":
+            return base * (1 - time / total) ** POWER
         return self.minimum_rate + cosine(time, total, base - self.minimum_rate)
 
 
