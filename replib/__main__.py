@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -94,13 +95,13 @@ def bench_command(commands) -> None:
 
 
 def network_commands(commands) -> None:
-    """train, test and deploy: one network."""
+    """train, test, deploy and export: one network."""
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, needs_data: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.add_argument(
             "--data",
-            required=True,
+            required=needs_data,
             metavar="D",
             help="digits, cifar10, cifar100, or the path of an image folder: train/CLASS/*, and "
             "val/CLASS/* or test/CLASS/*; classes are numbered by their sorted names",
@@ -109,7 +110,6 @@ def network_commands(commands) -> None:
         made.add_argument("--image-size", type=int, help="of an image folder (as they are)")
         text = "shorter side before the centre crop to --image-size (no more than that is cut)"
         made.add_argument("--image-resize", type=int, help=text)
-        made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
         return made
 
     train = command(
@@ -155,16 +155,35 @@ def network_commands(commands) -> None:
         "merge a network's blocks, compare accuracy and outputs before and after on real images, "
         "and write it; status 1, and nothing written, where they differ by more than rounding",
     )
-    for tool in (test, deploy):
+    export = command(
+        "export",
+        "fuse a network, verify it, write it as ONNX or as a torch.export program, run that and "
+        "compare; status 1, and nothing written, where it differs by more than rounding",
+        needs_data=False,
+    )
+    for tool in (test, deploy, export):
         tool.add_argument("network", metavar="CKPT", type=Path, help="from train, or released")
         tool.add_argument("--arch", help="which network a released file is: repvgg_a0, ...")
+    for tool in (train, test, deploy):
+        tool.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
+    for tool in (test, deploy):
         tool.add_argument("--batch-size", type=int, default=256, help="images at once (256)")
+    export.add_argument(
+        "--shape", metavar="C,H,W", help="of an image, in place of --data: it is tried on noise"
+    )
+    export.add_argument(
+        "--form", choices=("deployed", "training"), default="deployed", help="default: deployed"
+    )
+    export.add_argument("--opset", type=int, help="of ONNX (18)")
+    export.add_argument(
+        "--out", required=True, type=Path, help="F.onnx (ONNX) or F.pt2 (torch.export)"
+    )
     deploy.add_argument(
         "--out",
         required=True,
         type=Path,
         help="F.safetensors (for replib, and any reader of the format), F.pt2 (a torch.export "
-        "program that needs no replib), or any name for --layout official",
+        "program that needs no replib), F.onnx, or any name for --layout official",
     )
     deploy.add_argument(
         "--layout",
@@ -424,6 +443,31 @@ def deploy(arguments: argparse.Namespace) -> int:
     return 0 if deploy(arguments.network, out=arguments.out, **options) else 1
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from replib.tools import export_file, open_data
+
+    if (arguments.data is None) == (arguments.shape is None):
+        raise UserError(
+            "export: say --data D, or the shape of an image, such as --shape 3,224,224."
+        )
+    options: dict = {"arch": arguments.arch, "form": arguments.form}
+    if arguments.opset is not None:
+        options["opset"] = int(positive("--opset", arguments.opset))
+    arguments.network.open("rb").close()  # a missing file is told before data are read
+    if arguments.shape is None:
+        sizes = arguments.image_size, arguments.image_resize
+        options["data"] = open_data(arguments.data, arguments.data_dir, *sizes)
+    else:
+        sizes = arguments.shape.split(",")
+        if not all(size.isdecimal() and int(size) for size in sizes):
+            raise UserError(f"--shape (={arguments.shape!r}) must be numbers such as 3,224,224.")
+        options["shape"] = tuple(map(int, sizes))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"replib: {message}", file=sys.stderr)
+        report = export_file(arguments.network, arguments.out, **options)
+    return 0 if report.ok else 1
+
+
 def tool_options(arguments: argparse.Namespace) -> dict:
     """What test and deploy have in common."""
     from replib.tools import open_data
@@ -460,6 +504,7 @@ COMMANDS = {
     "train": train,
     "test": test,
     "deploy": deploy,
+    "export": export,
 }
 
 

@@ -131,9 +131,7 @@ def test_distillation_follows_the_real_teacher(ran, monkeypatch):
 
 def test_a_split_seed_gives_every_seed_the_same_images():
     def images(**given):
-        return [
-            split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)
-        ]
+        return [split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)]
 
     for protocol in ("clean", "paper"):
         one, two = images(split_seed=7, protocol=protocol)
