@@ -35,16 +35,24 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(prog="replib", description=__doc__)
     commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def table_command(name: str, text: str, count: str | None = None) -> argparse.ArgumentParser:
+    def table_command(
+        name: str,
+        text: str,
+        count: str | None = None,
+        named: str = "an id such as table2: a folder of params/",
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("table", nargs=count, help="an id such as table2: a folder of params/")
+        command.add_argument("table", nargs=count, help=named)
         command.add_argument("--profile", default="quick", help="a file of that folder")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter"
         )
         return command
 
-    run = table_command("run", "train the missing cells of a table; no notebook is needed", "?")
+    named = "an id such as table2: a folder of params/; or a file of your own: FILE.yaml"
+    text = "train the missing cells of a table; no notebook is needed"
+    run = table_command("run", text, "?", named)
+    blocks_option(run)
     run.add_argument("--queue", type=Path, help="in place of a table: a file of many, in order")
     run.add_argument("--list", action="store_true", help="how far the queue is; trains nothing")
     again = table_command("reproduce", "leave the report of a table or notebook; train for it")
@@ -74,6 +82,18 @@ def parser() -> argparse.ArgumentParser:
     evidence.add_argument("files", nargs="*", type=Path, help="add: bundles; check: default all")
     network_commands(commands)
     return out
+
+
+def blocks_option(command: argparse.ArgumentParser) -> None:
+    """A file of one's own; it is run, so that only its user can name it, here."""
+    command.add_argument(
+        "--blocks",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="your own Python file, which is run, and registers further families of blocks",
+    )
 
 
 def bench_command(commands) -> None:
@@ -164,6 +184,8 @@ def network_commands(commands) -> None:
     for tool in (test, deploy, export):
         tool.add_argument("network", metavar="CKPT", type=Path, help="from train, or released")
         tool.add_argument("--arch", help="which network a released file is: repvgg_a0, ...")
+    for tool in (train, test, deploy, export):
+        blocks_option(tool)
     for tool in (train, test, deploy):
         tool.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
     for tool in (test, deploy):
@@ -224,7 +246,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{path}, {path.stat().st_size / 2**20:.1f} MiB, to go on from")
     if done.out_of_time:
         print(f"{done.out_of_time} cells not finished in the time given; run again to go on.")
-    print("".join(f"{line}\n" for line in state()), end="")
+    for line in state():
+        print(line)
 
 
 def wanted(arguments: argparse.Namespace, store) -> tuple:
@@ -247,9 +270,29 @@ def wanted(arguments: argparse.Namespace, store) -> tuple:
 
     def measured() -> list[str]:
         there = results.measure(arguments.device) is not None
-        return ["The trained networks are measured."] if there else []
+        lines = ["The trained networks are measured."] if there else []
+        return lines + (accuracies(results) if arguments.table.endswith(".yaml") else [])
 
     return results.plan, store, f"{results.id} {results.profile}:", measured
+
+
+def accuracies(results) -> list[str]:
+    """The rows of a table that has no page: deployed test accuracy, and the gain by seeds."""
+    results.__dict__.pop("own", None)  # what was read before the training
+    lines = ["accuracy of the deployed networks on test images, in percent; 95 % intervals"]
+    width = max(map(len, results.rows))
+    for row in results.rows:
+        found, gain = results.accuracy(row), results.gain(row)
+        text = "not finished" if found is None else spoken(found)
+        over = f"; over {results.against(row)}, in points: {spoken(gain)}" if gain else ""
+        lines.append(f"  {row:<{width}}  {text}{over}")
+    return lines
+
+
+def spoken(found) -> str:
+    """An estimate over seeds, as text."""
+    interval = f" ({found.low:.2f} to {found.high:.2f})" if found.n > 1 else ""
+    return f"{found.mean:.2f}{interval}, seeds: {found.n}"
 
 
 def write_bundle(path: Path, evidence: list[dict], compact) -> None:
@@ -529,6 +572,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         arguments.started = started
+        for path in getattr(arguments, "blocks", ()):
+            from replib.blocks import own
+
+            own.read(path)
         with together(arguments.command):
             return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:

@@ -59,7 +59,9 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "benchmark", "experiments", "analysis", "training", "models", "fusing", "blocks",
         "branches", "kernels", "methods",
     },
-    "__main__": {"report", "benchmark", "tools", "experiments", "training", "parallel"},
+    "__main__": {
+        "report", "benchmark", "tools", "experiments", "training", "blocks", "parallel",
+    },
     "__init__": {"blocks", "convert", "export", "fusing", "official", "verification"},
 }  # fmt: skip
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")
