@@ -97,20 +97,32 @@ def blocks_option(command: argparse.ArgumentParser) -> None:
 
 
 def bench_command(commands) -> None:
-    """bench: speed and memory, side by side."""
+    """bench: speed and memory, side by side; latency: of networks after training."""
     text = "measure speed and memory as ratios, side by side; killed, the same command goes on"
     bench = commands.add_parser("bench", help=text, description=text)
-    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     bench.add_argument("--cases", nargs="+", metavar="CASE", help="all; NAME/ is all below it")
+    bench.add_argument("--profile", action="store_true", help="where the time of a target goes")
+    text = (
+        "measure one image and many in every form after training: with branches, fused, compiled, "
+        "in ONNX Runtime; killed, the same command goes on"
+    )
+    latency = commands.add_parser("latency", help=text, description=text)
+    latency.set_defaults(cases=["latency/"], profile=False)
+    for command in (bench, latency):
+        measuring_options(command)
+
+
+def measuring_options(bench: argparse.ArgumentParser) -> None:
+    """What both have in common."""
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     bench.add_argument("--quick", action="store_true", help="tiny networks: does it run at all")
     bench.add_argument("--list", action="store_true", help="the cases, and what they take")
     bench.add_argument("--budget-seconds", type=float, help="begin nothing that takes longer")
     bench.add_argument("--threads", type=int, help="of a processor (all cores)")
-    bench.add_argument("--profile", action="store_true", help="where the time of a target goes")
     bench.add_argument("--fresh", action="store_true", help="measure again what the file holds")
     bench.add_argument("--verbose", action="store_true", help="show what a failing case says")
     bench.add_argument(
-        "--out", type=Path, help="the JSON file (reports/measurements/bench-PROCESSOR.json)"
+        "--out", type=Path, help="the JSON file (reports/measurements/COMMAND-PROCESSOR.json)"
     )
 
 
@@ -450,7 +462,7 @@ def bench(arguments: argparse.Namespace) -> int:
     shared = Path(os.environ.get("REPLIB_SHARED", home().parent / "shared"))
     return running.main(
         device,
-        arguments.out or folder / running.file_name(device),
+        arguments.out or folder / running.file_name(device, arguments.command),
         quick=arguments.quick,
         show=arguments.list,
         cases=arguments.cases,
@@ -543,6 +555,7 @@ COMMANDS = {
     "proofs": proofs,
     "reports": reports,
     "bench": bench,
+    "latency": bench,
     "evidence": evidence,
     "train": train,
     "test": test,

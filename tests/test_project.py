@@ -48,8 +48,8 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "blocks", "parallel", "narrowing",
     },
     "benchmark": {
-        "analysis", "verification", "training", "methods", "official", "models", "convert",
-        "fusing", "networks", "blocks", "machine",
+        "analysis", "export", "verification", "training", "methods", "official", "models",
+        "convert", "branches", "fusing", "networks", "blocks", "machine",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "export", "verification", "fusing",
