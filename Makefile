@@ -8,7 +8,7 @@ export REPLIB_EXECUTOR := $(value EXECUTOR)
 export REPLIB_SLURM := $(value SLURM)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu lab test test-all test-slurm check clean
+.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu latency lab test test-all test-slurm check clean
 
 ## help                 this list
 help:
@@ -57,6 +57,12 @@ bench: .venv/ready
 bench-gpu: .venv/ready
 	@$(BIN)/python -m replib bench --device cuda --profile --budget-seconds 540 $(if $(FRESH),--fresh)
 	@$(BIN)/python -m replib reproduce bench
+
+## latency              measure networks after training, 6 minutes: reports/latency.html
+##                      [FRESH=1]; killed, the same command goes on
+latency: .venv/ready
+	@$(BIN)/python -m replib latency $(if $(FRESH),--fresh)
+	@$(BIN)/python -m replib reproduce latency
 
 ## lab                  JupyterLab on the notebooks
 lab: .venv/ready

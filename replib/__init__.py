@@ -3,7 +3,8 @@
 from replib import official
 from replib.blocks import BLOCKS
 from replib.convert import convert
+from replib.export import export
 from replib.fusing import fuse
 from replib.verification import verify
 
-__all__ = ["BLOCKS", "convert", "fuse", "official", "verify"]
+__all__ = ["BLOCKS", "convert", "export", "fuse", "official", "verify"]

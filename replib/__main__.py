@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -34,16 +35,24 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(prog="replib", description=__doc__)
     commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def table_command(name: str, text: str, count: str | None = None) -> argparse.ArgumentParser:
+    def table_command(
+        name: str,
+        text: str,
+        count: str | None = None,
+        named: str = "an id such as table2: a folder of params/",
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("table", nargs=count, help="an id such as table2: a folder of params/")
+        command.add_argument("table", nargs=count, help=named)
         command.add_argument("--profile", default="quick", help="a file of that folder")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter"
         )
         return command
 
-    run = table_command("run", "train the missing cells of a table; no notebook is needed", "?")
+    named = "an id such as table2: a folder of params/; or a file of your own: FILE.yaml"
+    text = "train the missing cells of a table; no notebook is needed"
+    run = table_command("run", text, "?", named)
+    blocks_option(run)
     run.add_argument("--queue", type=Path, help="in place of a table: a file of many, in order")
     run.add_argument("--list", action="store_true", help="how far the queue is; trains nothing")
     again = table_command("reproduce", "leave the report of a table or notebook; train for it")
@@ -84,32 +93,56 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def blocks_option(command: argparse.ArgumentParser) -> None:
+    """A file of one's own; it is run, so that only its user can name it, here."""
+    command.add_argument(
+        "--blocks",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="your own Python file, which is run, and registers further families of blocks",
+    )
+
+
 def bench_command(commands) -> None:
-    """bench: speed and memory, side by side."""
+    """bench: speed and memory, side by side; latency: of networks after training."""
     text = "measure speed and memory as ratios, side by side; killed, the same command goes on"
     bench = commands.add_parser("bench", help=text, description=text)
-    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     bench.add_argument("--cases", nargs="+", metavar="CASE", help="all; NAME/ is all below it")
+    bench.add_argument("--profile", action="store_true", help="where the time of a target goes")
+    text = (
+        "measure one image and many in every form after training: with branches, fused, compiled, "
+        "in ONNX Runtime; killed, the same command goes on"
+    )
+    latency = commands.add_parser("latency", help=text, description=text)
+    latency.set_defaults(cases=["latency/"], profile=False)
+    for command in (bench, latency):
+        measuring_options(command)
+
+
+def measuring_options(bench: argparse.ArgumentParser) -> None:
+    """What both have in common."""
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     bench.add_argument("--quick", action="store_true", help="tiny networks: does it run at all")
     bench.add_argument("--list", action="store_true", help="the cases, and what they take")
     bench.add_argument("--budget-seconds", type=float, help="begin nothing that takes longer")
     bench.add_argument("--threads", type=int, help="of a processor (all cores)")
-    bench.add_argument("--profile", action="store_true", help="where the time of a target goes")
     bench.add_argument("--fresh", action="store_true", help="measure again what the file holds")
     bench.add_argument("--verbose", action="store_true", help="show what a failing case says")
     bench.add_argument(
-        "--out", type=Path, help="the JSON file (reports/measurements/bench-PROCESSOR.json)"
+        "--out", type=Path, help="the JSON file (reports/measurements/COMMAND-PROCESSOR.json)"
     )
 
 
 def network_commands(commands) -> None:
-    """train, test and deploy: one network."""
+    """train, test, deploy and export: one network."""
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, needs_data: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.add_argument(
             "--data",
-            required=True,
+            required=needs_data,
             metavar="D",
             help="digits, cifar10, cifar100, or the path of an image folder: train/CLASS/*, and "
             "val/CLASS/* or test/CLASS/*; classes are numbered by their sorted names",
@@ -118,7 +151,6 @@ def network_commands(commands) -> None:
         made.add_argument("--image-size", type=int, help="of an image folder (as they are)")
         text = "shorter side before the centre crop to --image-size (no more than that is cut)"
         made.add_argument("--image-resize", type=int, help=text)
-        made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
         return made
 
     train = command(
@@ -164,16 +196,37 @@ def network_commands(commands) -> None:
         "merge a network's blocks, compare accuracy and outputs before and after on real images, "
         "and write it; status 1, and nothing written, where they differ by more than rounding",
     )
-    for tool in (test, deploy):
+    export = command(
+        "export",
+        "fuse a network, verify it, write it as ONNX or as a torch.export program, run that and "
+        "compare; status 1, and nothing written, where it differs by more than rounding",
+        needs_data=False,
+    )
+    for tool in (test, deploy, export):
         tool.add_argument("network", metavar="CKPT", type=Path, help="from train, or released")
         tool.add_argument("--arch", help="which network a released file is: repvgg_a0, ...")
+    for tool in (train, test, deploy, export):
+        blocks_option(tool)
+    for tool in (train, test, deploy):
+        tool.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is")
+    for tool in (test, deploy):
         tool.add_argument("--batch-size", type=int, default=256, help="images at once (256)")
+    export.add_argument(
+        "--shape", metavar="C,H,W", help="of an image, in place of --data: it is tried on noise"
+    )
+    export.add_argument(
+        "--form", choices=("deployed", "training"), default="deployed", help="default: deployed"
+    )
+    export.add_argument("--opset", type=int, help="of ONNX (18)")
+    export.add_argument(
+        "--out", required=True, type=Path, help="F.onnx (ONNX) or F.pt2 (torch.export)"
+    )
     deploy.add_argument(
         "--out",
         required=True,
         type=Path,
         help="F.safetensors (for replib, and any reader of the format), F.pt2 (a torch.export "
-        "program that needs no replib), or any name for --layout official",
+        "program that needs no replib), F.onnx, or any name for --layout official",
     )
     deploy.add_argument(
         "--layout",
@@ -216,7 +269,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{path}, {path.stat().st_size / 2**20:.1f} MiB, to go on from")
     if done.out_of_time:
         print(f"{done.out_of_time} cells not finished in the time given; run again to go on.")
-    print("".join(f"{line}\n" for line in state()), end="")
+    for line in state():
+        print(line)
 
 
 def wanted(arguments: argparse.Namespace, store) -> tuple:
@@ -239,9 +293,29 @@ def wanted(arguments: argparse.Namespace, store) -> tuple:
 
     def measured() -> list[str]:
         there = results.measure(arguments.device) is not None
-        return ["The trained networks are measured."] if there else []
+        lines = ["The trained networks are measured."] if there else []
+        return lines + (accuracies(results) if arguments.table.endswith(".yaml") else [])
 
     return results.plan, store, f"{results.id} {results.profile}:", measured
+
+
+def accuracies(results) -> list[str]:
+    """The rows of a table that has no page: deployed test accuracy, and the gain by seeds."""
+    results.__dict__.pop("own", None)  # what was read before the training
+    lines = ["accuracy of the deployed networks on test images, in percent; 95 % intervals"]
+    width = max(map(len, results.rows))
+    for row in results.rows:
+        found, gain = results.accuracy(row), results.gain(row)
+        text = "not finished" if found is None else spoken(found)
+        over = f"; over {results.against(row)}, in points: {spoken(gain)}" if gain else ""
+        lines.append(f"  {row:<{width}}  {text}{over}")
+    return lines
+
+
+def spoken(found) -> str:
+    """An estimate over seeds, as text."""
+    interval = f" ({found.low:.2f} to {found.high:.2f})" if found.n > 1 else ""
+    return f"{found.mean:.2f}{interval}, seeds: {found.n}"
 
 
 def write_bundle(path: Path, evidence: list[dict], compact) -> None:
@@ -430,7 +504,7 @@ def bench(arguments: argparse.Namespace) -> int:
     shared = Path(os.environ.get("REPLIB_SHARED", home().parent / "shared"))
     return running.main(
         device,
-        arguments.out or folder / running.file_name(device),
+        arguments.out or folder / running.file_name(device, arguments.command),
         quick=arguments.quick,
         show=arguments.list,
         cases=arguments.cases,
@@ -466,6 +540,31 @@ def deploy(arguments: argparse.Namespace) -> int:
     return 0 if deploy(arguments.network, out=arguments.out, **options) else 1
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from replib.tools import export_file, open_data
+
+    if (arguments.data is None) == (arguments.shape is None):
+        raise UserError(
+            "export: say --data D, or the shape of an image, such as --shape 3,224,224."
+        )
+    options: dict = {"arch": arguments.arch, "form": arguments.form}
+    if arguments.opset is not None:
+        options["opset"] = int(positive("--opset", arguments.opset))
+    arguments.network.open("rb").close()  # a missing file is told before data are read
+    if arguments.shape is None:
+        sizes = arguments.image_size, arguments.image_resize
+        options["data"] = open_data(arguments.data, arguments.data_dir, *sizes)
+    else:
+        sizes = arguments.shape.split(",")
+        if not all(size.isdecimal() and int(size) for size in sizes):
+            raise UserError(f"--shape (={arguments.shape!r}) must be numbers such as 3,224,224.")
+        options["shape"] = tuple(map(int, sizes))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"replib: {message}", file=sys.stderr)
+        report = export_file(arguments.network, arguments.out, **options)
+    return 0 if report.ok else 1
+
+
 def tool_options(arguments: argparse.Namespace) -> dict:
     """What test and deploy have in common."""
     from replib.tools import open_data
@@ -499,10 +598,12 @@ COMMANDS = {
     "proofs": proofs,
     "reports": reports,
     "bench": bench,
+    "latency": bench,
     "evidence": evidence,
     "train": train,
     "test": test,
     "deploy": deploy,
+    "export": export,
 }
 
 
@@ -527,6 +628,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         arguments.started = started
+        for path in getattr(arguments, "blocks", ()):
+            from replib.blocks import own
+
+            own.read(path)
         with together(arguments.command):
             return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:

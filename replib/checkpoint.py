@@ -228,7 +228,10 @@ def class_of(name: str) -> type[nn.Module]:
     if name.startswith("block "):
         family = name.removeprefix("block ")
         if family not in BLOCKS:
-            raise ValueError(f"the file has blocks of the family {family!r}, which is not known.")
+            raise ValueError(
+                f"the file has blocks of the family {family!r}, which is not known; one of your "
+                "own is read from its file first: --blocks FILE.py."
+            )
         return BLOCKS[family]
     module, _, attribute = name.partition(":")
     kind = getattr(importlib.import_module(module), attribute, None) if known(name) else None

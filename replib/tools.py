@@ -1,7 +1,7 @@
-"""One network from the command line: train it, test it, deploy it (`replib train --help`).
+"""One network from the command line: train, test, deploy, export (`replib train --help`).
 
-`train` is one cell of a table: the same checkpoints, evidence and resumption. `test` and `deploy`
-take what it writes, and the released files of `replib.official`.
+`train` is one cell of a table: the same checkpoints, evidence and resumption. The others take what
+it writes, and the released files of `replib.official`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import inspect
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from replib.experiments.cells import (
 from replib.experiments.executor import device_here, run_plan
 from replib.experiments.params import KEY, Cell, apply_settings, built, in_one_line
 from replib.experiments.store import Store
+from replib.export import OPSET, PROGRAMS, Export, Format, check_packages, export
 from replib.fusing import deployed_copy, fold_norms
 from replib.models import BODIES
 from replib.models.repvgg import RepVGGPlus
@@ -372,37 +371,16 @@ def deployed_form(model: nn.Module, layout: str = "replib") -> nn.Module:
     return deployed
 
 
-def write_program(model: nn.Module, path: Path, x: Tensor) -> None:
-    """A torch.export program with any number of images."""
-    batch = torch.export.Dim("batch")
-    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), path)
-
-
-def read_program(path: Path) -> nn.Module:
-    """What `torch.export.load` gives; that it maps the file into memory needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.export.load(path).module()
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a deployed network is written (model, path, an input), and read back."""
-
-    write: Callable[[nn.Module, Path, Tensor], None]
-    read: Callable[[Path], Callable[[Tensor], Tensor]]
-
-
 FORMATS = {
-    ".safetensors": Format(lambda model, path, x: save_model(model, path), load_model),
-    ".pt2": Format(write_program, read_program),
+    ".safetensors": Format(lambda model, path, inputs: save_model(model, path), load_model),
+    **PROGRAMS,
 }
 
 
 def official_format(arch: str) -> Format:
     """What the deployed script of an original repository loads."""
     return Format(
-        lambda model, path, x: torch.save(official.export(model, arch), path),
+        lambda model, path, inputs: torch.save(official.export(model, arch), path),
         lambda path: official.load_model(path, arch).eval(),
     )
 
@@ -418,9 +396,11 @@ def format_of(out: Path, layout: str, arch: str | None) -> Format:
         return official_format(arch)
     if out.suffix not in FORMATS:
         raise UserError(
-            f"--out (={str(out)!r}) must end in {' or '.join(FORMATS)}; another suffix is for "
+            f"--out (={str(out)!r}) must end in {', '.join(FORMATS)}; another suffix is for "
             "--layout official."
         )
+    if out.suffix == ".onnx":
+        check_packages()
     return FORMATS[out.suffix]
 
 
@@ -472,7 +452,7 @@ def written(model: nn.Module, x: Tensor, out: Path, form: Format, bound: float) 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         draft = Path(folder) / out.name
         try:
-            form.write(model, draft, x)
+            form.write(model, draft, (x,))
         except ValueError as error:
             raise UserError(f"{out} cannot be written: {' '.join(str(error).split())}") from None
         again = form.read(draft)
@@ -483,3 +463,38 @@ def written(model: nn.Module, x: Tensor, out: Path, form: Format, bound: float) 
         draft.replace(out)
     print(f"{out}: {out.stat().st_size:,} bytes")
     return True
+
+
+# -- export ----------------------------------------------------------------------------------------
+def export_file(
+    path: Path,
+    out: Path,
+    *,
+    data: Dataset | None = None,
+    shape: tuple[int, ...] | None = None,
+    arch: str | None = None,
+    form: str = "deployed",
+    opset: int = OPSET,
+) -> Export:
+    """`replib.export.export` of a network in a file, on test images or on noise of a shape
+    (channels, height, width); prints, and returns, the report."""
+    if out.suffix not in PROGRAMS:
+        raise UserError(f"--out (={str(out)!r}) must end in {' or '.join(PROGRAMS)}.")
+    model = open_network(path, arch)
+    check_out(out, path)
+    if data is not None:
+        check_fit(model, data)
+        x = batch_of(model, data, VERIFIED)
+        print(f"seen: {len(x)} test images of {data.name}")
+    else:
+        x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(next(model.parameters()).dtype)
+        print(f"seen: {len(x)} images of noise (--data proves it on your own)")
+    try:
+        report = export(model, out, x, form=form, opset=opset)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    print(report)
+    return report

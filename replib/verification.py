@@ -88,7 +88,8 @@ def verify(model: nn.Module, fused: nn.Module, example_input) -> Verification:
     The bound is 16 eps (4 + depth), 2 eps (4 + depth) in half precision, eps of the model's dtype
     and depth in blocks; for one block depth is 1. It grows with what rounding can do, and stays far
     below any wrong kernel; where the network itself loses more in its dtype than that, four times
-    its own error is allowed, up to a quarter. Errors are relative to the largest output.
+    its own error is allowed, up to a quarter. Errors are relative to the largest output,
+    of a block whose outputs are all 0 to its largest input.
     Detections are matched instead, see `detections`.
     Raises: ValueError in train mode.
     """
@@ -356,8 +357,10 @@ def compared(
         return Check(name, math.nan, math.nan, bound)
     if not wanted.numel():
         return Check(name, None, 0.0, bound)
-    scale = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    error = (got - wanted).abs() / scale
+    scale = wanted.abs().max()
+    if scale == 0:  # a slope of 0 ends it, as residual branches may begin
+        scale = x.abs().max().double()
+    error = (got - wanted).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)
     plain = isinstance(layer, CONVOLUTIONS) and isinstance(layer.padding, tuple)
     if not plain or not wanted.dim() == x.dim() == len(layer.kernel_size) + 2:
         return Check(name, None, error.max().item(), bound)

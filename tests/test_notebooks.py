@@ -191,6 +191,7 @@ SHORTER = {  # training runs that are as long as a reader's needs to be
     "repopt-in-your-own-loop": ["search_epochs=2", "epochs=3", "stop=2"],
     "resrep-in-your-own-loop": ["epochs=2", "pruning_epochs=10", "stop=4"],
     "large-kernels-in-your-own-model": ["epochs=2"],
+    "bring-your-own-model": ["per_class=6", "epochs=1", "timm_name=test_resnet", "body=digits"],
     "why-it-may-work": ["noisy_epochs=5", "base_epochs=3", "epochs=2", "warmup=1", "cycles=2"],
     "proof-precision": ["channels=8"],
     "network-sizes": ["items=[repmlp/table2]"],

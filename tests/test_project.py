@@ -28,6 +28,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "convert": {"fusing", "networks", "blocks", "branches", "kernels"},
     "fusing": {"networks", "blocks"},
     "verification": {"fusing", "networks", "blocks"},
+    "export": {"verification", "fusing", "networks"},
     "models": {"blocks"},
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
@@ -48,19 +49,21 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "blocks", "parallel", "narrowing", "transfer",
     },
     "benchmark": {
-        "analysis", "verification", "training", "methods", "official", "models", "convert",
-        "fusing", "networks", "blocks", "machine",
+        "analysis", "export", "verification", "training", "methods", "official", "models",
+        "convert", "branches", "fusing", "networks", "blocks", "machine",
     },
     "tools": {
-        "experiments", "training", "checkpoint", "official", "verification", "fusing", "models",
-        "networks", "branches",
+        "experiments", "training", "checkpoint", "official", "export", "verification", "fusing",
+        "models", "networks", "branches",
     },
     "report": {
         "benchmark", "experiments", "analysis", "training", "models", "fusing", "blocks",
         "branches", "kernels", "methods",
     },
-    "__main__": {"report", "benchmark", "tools", "experiments", "training", "parallel"},
-    "__init__": {"blocks", "convert", "fusing", "official", "verification"},
+    "__main__": {
+        "report", "benchmark", "tools", "experiments", "training", "blocks", "parallel",
+    },
+    "__init__": {"blocks", "convert", "export", "fusing", "official", "verification"},
 }  # fmt: skip
 HEAVY = ("papermill", "nbconvert", "IPython", "matplotlib", "torchvision", "jupyter_client")
 

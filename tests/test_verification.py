@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from whole import X, net, scrambled
 
-from replib import fuse, verify
+from replib import convert, fuse, verify
 from replib.blocks import BLOCKS
 
 
@@ -67,6 +67,20 @@ def test_a_folded_norm_belongs_to_its_convolution():
     assert [check.name for check in verify(model, fused, X).blocks] == ["0", "2"]
     fused[0].bias.data[3] += 0.01
     proof = verify(model, fused, X)
+    assert [check.name for check in proof.blocks if not check.ok] == ["0"]
+
+
+def test_a_block_that_ends_in_a_slope_of_0_is_compared_by_its_input():
+    """As residual branches of timm begin: exactly 0, and by rounding nearly so as a block."""
+    plain = net(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    nn.init.zeros_(plain[1].weight)
+    nn.init.zeros_(plain[1].bias)
+    blocks = convert(plain, "dbb").eval()
+    assert verify(plain, blocks, X).ok
+    fused = fuse(blocks)
+    assert verify(plain, fused, X).ok
+    fused[0].bias.data[3] += 1e-3
+    proof = verify(plain, fused, X)
     assert [check.name for check in proof.blocks if not check.ok] == ["0"]
 
 

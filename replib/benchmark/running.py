@@ -31,6 +31,7 @@ import torch
 from replib import machine
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES, Case
+from replib.benchmark.latency import LATENCY
 from replib.benchmark.packing import follow_parent
 from replib.benchmark.setting import TIERS, Setting
 from replib.benchmark.subjects import LeftOut
@@ -105,8 +106,9 @@ def measure(
         found["cases"][case.id] = entry
         write(out, found)
     write(out, found)
-    for verdict in (judged(target, found) for target in TARGETS):
-        say(f"{verdict.text:<8} {verdict.target.text}" + number(verdict))
+    for target in TARGETS if wanted.keys() - LATENCY.keys() else ():
+        verdict = judged(target, found)
+        say(f"{verdict.text:<8} {target.text}" + number(verdict))
     return found
 
 
@@ -130,10 +132,11 @@ def kind(device: str) -> str:
 
 
 def chosen(cases: Sequence[str] | None, tier: str) -> dict[str, Case]:
-    """Cases by id; a name that ends in / stands for all that begin with it."""
-    here = {name: case for name, case in CASES.items() if tier in case.seconds}
+    """Cases by id; a name that ends in / stands for all that begin with it. None: all of `CASES`,
+    those of latency being a page of their own."""
     if not cases:
-        return here
+        return {name: case for name, case in CASES.items() if tier in case.seconds}
+    here = {name: case for name, case in (CASES | LATENCY).items() if tier in case.seconds}
     for name in cases:
         if not any(matches(case, name) for case in here):
             raise UserError(
@@ -166,7 +169,8 @@ def started(out: Path, where: dict) -> dict:
 def context(device: str) -> dict:
     from importlib.util import find_spec
 
-    libraries = [name for name in ("torch", "torchvision", "timm") if find_spec(name)]
+    names = "torch", "torchvision", "timm", "onnxruntime"
+    libraries = [name for name in names if find_spec(name)]
     gpu, cpu = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
     products = (gpu if device.startswith("cuda") else cpu).fp32_precision
     return machine.context(device, PACKAGE, libraries) | {"float32 convolutions": products}
@@ -238,7 +242,7 @@ def child(
     torch.manual_seed(0)
     tier, device = TIERS[where["tier"]], where["device"]
     setting = Setting(tier, device, time.monotonic() + seconds, names, vectors)
-    entry = entry_of(CASES[name], setting, verbose)
+    entry = entry_of((CASES | LATENCY)[name], setting, verbose)
     gc.collect()  # a DataLoader waits for its workers, whose seconds then count as ours
     pipe.send((entry, own_seconds()))
     pipe.close()
@@ -293,15 +297,15 @@ def read(path: Path) -> dict:
     raise UserError(f"{path} is no measurement of speed: `bench --out` writes one.")
 
 
-def file_name(device: str) -> str:
+def file_name(device: str, stem: str = "bench") -> str:
     """bench-PROCESSOR.json, or of a GPU."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine.processor()
-    return f"bench-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return f"{stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def listing(tier: str) -> list[str]:
-    """A line for every case of a tier."""
-    here = [case for case in CASES.values() if tier in case.seconds]
+def listing(tier: str, cases: Sequence[str] | None = None) -> list[str]:
+    """A line for every case of a tier, or for those that are named."""
+    here = chosen(cases, tier).values()
     lines = [f"{case.id:<24} {case.seconds[tier]:>4.0f} s  {case.title}" for case in here]
     total = sum(case.seconds[tier] for case in here)
     return [*lines, f"{len(here)} cases of the {tier} tier, about {minutes(total)}"]
@@ -318,7 +322,7 @@ def main(
     """The command `bench`; 1 where a case failed."""
     tier = "quick" if quick else kind(device)
     if show:
-        print("\n".join(listing(tier)))
+        print("\n".join(listing(tier, options["cases"])))
         return 0
     found = measure(out, device=device, tier=tier, say=flushed, **options)
     print(out)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from replib import machine, parallel
 from replib.analysis import receptive_field
-from replib.blocks import BLOCKS
+from replib.blocks import BLOCKS, own
 from replib.errors import UserError
 from replib.experiments import teachers
 from replib.experiments.params import (
@@ -27,6 +28,7 @@ from replib.experiments.params import (
     Table,
     built,
     check_scales,
+    in_one_line,
     on_body,
     searched_network,
     short,
@@ -120,8 +122,9 @@ class Plan:
         return [planned for planned in self.cells.values() if planned.key in wanted]
 
 
-def versions_of(cell: Cell) -> dict[str, int]:
-    """The hand-raised versions of everything whose numbers this cell depends on."""
+def versions_of(cell: Cell) -> dict[str, int | str]:
+    """The hand-raised versions of everything whose numbers this cell depends on, and the digest of
+    the file that a family of one's own comes from."""
     versions = {"engine": loop.VERSION, f"block:{cell.block}": BLOCKS[cell.block].version}
     if cell.body in BODY_VERSIONS:  # a body that never changed adds nothing to the key
         versions[f"body:{cell.body}"] = BODY_VERSIONS[cell.body]
@@ -137,7 +140,8 @@ def versions_of(cell: Cell) -> dict[str, int]:
         versions |= {"repopt": repoptimizers.VERSION, "block:csla": BLOCKS["csla"].version}
     if cell.transfer is not None:
         versions["transfer"] = TRANSFER_VERSION
-    return versions
+    named = {cell.block, *map(str, (cell.block_options or {}).values())}
+    return versions | {f"file:{name}": digest for name, digest in own.digests(named).items()}
 
 
 def key_of(cell: Cell, data_digest: str) -> str:
@@ -269,7 +273,10 @@ def adopt(out: Plan, store: Store, key: str, data_dir: str | None, role: str = "
         )
     result = evidence["result"]
     if result["key"] not in out.cells:
-        cell = Cell.model_validate(result["parameters"] | {"data_dir": data_dir})
+        try:
+            cell = Cell.model_validate(result["parameters"] | {"data_dir": data_dir})
+        except ValidationError as error:  # a block of one's own, say, whose file is not named
+            raise in_one_line(error, f"{role} (={key!r})") from None
         if key_of(cell, result["data"]["digest"]) != result["key"]:
             raise UserError(f"{role} (={key!r}) was made by an older version: run its table again.")
         planned = Planned(result["key"], cell)

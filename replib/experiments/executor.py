@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from replib import parallel
+from replib.blocks import own
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, cost_of, run_cell
 from replib.experiments.claims import Claim, Claims, slurm_job
@@ -54,13 +55,17 @@ def settle(threads: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def start_worker(ticks, threads: int) -> None:
+def start_worker(ticks, threads: int, sources: list[own.Source]) -> None:
     """In a new worker: one thread, deterministic, and gone as soon as its parent is.
+
+    sources: the files of the parent's own families of blocks, as it has read them.
 
     One thread also where cores are left over: more would change the order of sums, and so bits.
     """
     global _ticks
     _ticks = ticks
+    for source in sources:
+        own.run(source)
     settle(threads)
     if slurm_job():  # which warns all processes of a job; this one works on until it is killed
         for warning in (signal.SIGTERM, signal.SIGUSR2):
@@ -199,7 +204,7 @@ def run_plan(
     most, costs = min(workers or cores(), len(missing)), {}
     spawn = multiprocessing.get_context("spawn")
     ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
-    pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1))
+    pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1, own.sources()))
     packed = device.startswith("cuda") and workers is None and most > 1
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}

@@ -25,10 +25,10 @@ BUSY = 0.2  # processor cores at work elsewhere, from which a measurement is not
 SERIES = {BRANCHES: ("--", 0.6), "shared": ("-", 1.0)}  # line, opacity
 
 
-def measurements(folder: Path | None = None) -> dict[str, dict]:
+def measurements(folder: Path | None = None, stem: str = "bench") -> dict[str, dict]:
     """All measurements of speed in a folder, by device; by default the published ones."""
     folder = folder or home() / "reports" / "measurements"
-    found = map(running.read, sorted(folder.glob("bench-*.json")))
+    found = map(running.read, sorted(folder.glob(f"{stem}-*.json")))
     return {device_name(measurement): measurement for measurement in found}
 
 

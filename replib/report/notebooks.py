@@ -13,7 +13,7 @@ from replib.report.results import profiles
 
 GENERIC = "table"  # the notebook of every table that has none of its own name
 PROOFS = ("proof-*", "why-*")  # what `make proofs` runs
-READERS = ("bench",)  # what `make reports` renders: they read measurements and compute nothing
+READERS = ("bench", "latency")  # rendered by `make reports`: they read files, compute nothing
 
 
 def notebooks() -> list[str]:

@@ -20,6 +20,8 @@ from replib.experiments.store import Store, canonical, home, read_evidence
 from replib.report.catalogue import numbers
 from replib.training.shapes import DRAWN
 
+OWN_PROFILE = "own"  # what the profile of a file that is in no folder of params/ is called
+
 
 def profiles() -> dict[str, list[str]]:
     """Tables and figures with their profiles: the files params/ID/PROFILE.yaml."""
@@ -61,7 +63,10 @@ class Results:
 
     def __init__(self, table: str, profile: str, settings: list[str] = (), store=None):
         self.id, self.profile, self.settings = table, profile, list(settings)
-        path = profile_path(table, profile)
+        if table.endswith(".yaml"):  # a file of one's own, of no folder of params/
+            path, self.id, self.profile = Path(table), Path(table).stem, OWN_PROFILE
+        else:
+            path = profile_path(table, profile)
         self.table: Table = load_table(path, self.settings)
         self.paper = papers_numbers(self.table.rows)
         self.paper_networks = papers_numbers(self.table.networks)

@@ -509,7 +509,7 @@ class Run:
         due = task.kind is None or task.kind.due(progress.epoch, task.recipe.epochs)
         pause = self.pause if parallel.processes() == 1 else lambda: None
 
-        def score(split: Split, whole: int) -> float | None:
+        def scored(split: Split, whole: int) -> float | None:
             if not (due and whole):
                 return None
             if task.kind is not None:
@@ -521,7 +521,7 @@ class Run:
         sizes = len(task.data.test_labels), len(task.validation)
         test, validation = parallel.of_the_first(
             [
-                score(split, size)
+                scored(split, size)
                 for split, size in zip((self.test, self.held_out), sizes, strict=True)
             ]
         )
