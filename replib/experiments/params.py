@@ -29,6 +29,7 @@ from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
 from replib.methods.resrep import DROPS, FORMS, RULES, THRESHOLD
 from replib.models import BODIES, build
 from replib.narrowing import spans
+from replib.quantization import WEIGHTS
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
 from replib.training.evaluation import VIEWS
@@ -116,6 +117,14 @@ class NarrowParams(Strict):
     target: Annotated[float, Field(gt=0, lt=1)]  # share of the deployed network's FLOPs to be left
     rule: Literal[tuple(RULES)]
     targets: Annotated[list[str], Field(min_length=1)] | None = None  # names, patterns
+
+
+class QuantizedParams(Strict):
+    """A deployed network that is trained to compute in 8 bits (replib.quantization); from a parent,
+    whose blocks are merged first."""
+
+    weights: Literal[WEIGHTS] = "tensor"  # what has one scale
+    images: Positive = 1024  # of the training images, on which ranges begin
 
 
 class DistillParams(Strict):
@@ -213,6 +222,7 @@ class Cell(Strict):
     resrep: ResRepParams | None = None
     narrow: NarrowParams | None = None
     distill: DistillParams | None = None
+    quantized: QuantizedParams | None = None
     search: bool = False  # a search for RepOptimizers: the mean of every scale is logged
     repopt: RepOptParams | None = None
     scales: str | None = None  # key of the cell that searched for them, or path of a file
@@ -266,7 +276,28 @@ class Cell(Strict):
             self.growth_is_consistent()
         self.scales_are_consistent()
         self.pruning_is_consistent()
+        self.rounding_is_consistent()
         return self
+
+    def rounding_is_consistent(self) -> None:
+        """Rules between quantized and the other keys. Raises: ValueError."""
+        if self.quantized is None:
+            return
+        if self.start is None:
+            raise ValueError("quantized needs start: the trained network that is merged")
+        for other in ("cycle", "dyrep", "resrep", "narrow", "repopt"):
+            if getattr(self, other) is not None:
+                raise ValueError(f"{other} and quantized exclude each other: leave one of them out")
+        # An average has no ranges of its own, parts of a batch would each move them.
+        for name in ("ema", "accumulate", "search"):
+            value, default = getattr(self, name), Cell.model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} (={value}) with quantized must be (={default})")
+        if self.decay not in WITHOUT_KINDS:
+            raise ValueError(
+                f"decay (={self.decay}) with quantized must be one of {', '.join(WITHOUT_KINDS)}: "
+                "a graph does not know the kinds of its layers"
+            )
 
     def pruning_is_consistent(self) -> None:
         """Rules between resrep, narrow and the other keys. Raises: ValueError."""
@@ -452,8 +483,12 @@ ADDED = {
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
     "initialisation", "dyrep", "resrep", "narrow", "search", "repopt", "scales",
-    "views", "body_options", "receptive_field",
+    "views", "body_options", "receptive_field", "quantized",
 }  # fmt: skip
+
+
+# Rules of `decay` that ask for no more than the shape of a parameter.
+WITHOUT_KINDS = ("all", "matrices", "matrices_and_identity")
 
 
 def fragment(model: type[Strict]) -> type[Strict]:
@@ -468,6 +503,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
             ResRepParams,
             NarrowParams,
             DistillParams,
+            QuantizedParams,
             RepOptParams,
         ):
             if kind == nested | None:
@@ -580,7 +616,14 @@ class Counted(Network):
 
 
 # How trained networks can be measured (replib.experiments.measurements): no part of any cell.
-MEASURES = ("similarity", "norm_slopes", "magnitudes", "sparsity", "conversion")
+MEASURES = (
+    "similarity",
+    "norm_slopes",
+    "magnitudes",
+    "sparsity",
+    "conversion",
+    "quantization",
+)
 
 
 class Table(Strict):
@@ -792,6 +835,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "resrep": ResRepParams,
             "narrow": NarrowParams,
             "distill": DistillParams,
+            "quantized": QuantizedParams,
             "repopt": RepOptParams,
         }
         for part in loc[:-1]:
@@ -992,7 +1036,7 @@ def check_row(table: Table, row: str, where: str) -> Cell:
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
-        for key in ("dyrep", "resrep", "narrow"):
+        for key in ("dyrep", "resrep", "narrow", "quantized"):
             if parent.get(key) is not None:
                 raise UserError(
                     f"{where}, row {row}: start (={spec.start!r}) must be a row without {key}, "
