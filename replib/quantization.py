@@ -116,7 +116,7 @@ class Trainable(nn.Module):
         return self
 
 
-# -- torchao -----------------------------------------------------------------------------------------
+# -- torchao ---------------------------------------------------------------------------------------
 def observed(
     fused: nn.Module,
     batches: Iterable[Tensor],
@@ -166,7 +166,7 @@ def exported(fused: nn.Module, x: Tensor) -> fx.GraphModule:
     except Exception as error:  # whatever a model does when it is run on symbols
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{type(fused).__name__} cannot be quantized, since torch.export cannot trace it: {said}"
+            f"{type(fused).__name__} cannot be quantized, torch.export cannot trace it: {said}"
         ) from None
     graph = program.module()
     for module in graph.modules():
@@ -268,7 +268,7 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-# -- ranges ------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 @torch.no_grad()
 def layer_ranges(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     """The ranges of weights and outputs of every layer, in the network's order; as plain data.

@@ -20,6 +20,7 @@ from replib.experiments.params import (
     Cell,
     DyRepParams,
     NarrowParams,
+    QuantizedParams,
     RepOptParams,
     ResRepParams,
     Table,
@@ -131,9 +132,7 @@ def test_distillation_follows_the_real_teacher(ran, monkeypatch):
 
 def test_a_split_seed_gives_every_seed_the_same_images():
     def images(**given):
-        return [
-            split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)
-        ]
+        return [split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)]
 
     for protocol in ("clean", "paper"):
         one, two = images(split_seed=7, protocol=protocol)
@@ -209,7 +208,8 @@ def test_a_new_key_at_its_default_changes_no_key():
                    block_options={"identity": False}, plain_sizes=[1],
                    resrep=ResRepParams(target=0.5), narrow=NarrowParams(target=0.5, rule="uniform"),
                    search=True, repopt=RepOptParams(), scales="a" * 64,
-                   body_options={"depths": [1]}, receptive_field=32, split_seed=1)  # fmt: skip
+                   body_options={"depths": [1]}, receptive_field=32, split_seed=1,
+                   quantized=QuantizedParams())  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

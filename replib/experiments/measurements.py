@@ -113,7 +113,8 @@ def read(path: Path) -> dict | None:
 def own(
     name: str, profile: str, table: Table, plan: Plan, store: Store, device: str = "cpu"
 ) -> dict | None:
-    """The measurement of this machine's weights, made where it is missing or of other weights.
+    """The measurement of this machine's weights, made where it is missing or of other weights;
+    what another table has measured of the same weights is not measured again.
 
     {"context", "settings", "cells", "found"}: found[i] is of cells[i]. None for a table that asks
     for none, and where there are no weights.
@@ -123,27 +124,39 @@ def own(
         return None
     kind, path = KINDS[table.measure], path_of(store, name, profile)
     known = read(path)
-    if known is None or known["settings"] != kind.stated:
-        known = {"cells": [], "found": []}
-    if known["cells"] == cells:
+    if known is not None and (known["cells"], known["settings"]) == (cells, kind.stated):
         return known
     made = {"context": machine.context(device, home()), "settings": kind.stated}
     made |= {"cells": [], "found": []}
-    missing = [cell for cell in cells if cell not in known["cells"]]
-    bar = tqdm(total=len(missing), desc="measuring", unit="network", file=sys.stdout, ncols=88)
-    with bar:
+    before = measured_before(path.parent, kind.stated)
+    missing = sum(weights_of(cell) not in before for cell in cells)
+    with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
         for cell in cells:
-            if cell in known["cells"]:  # of a run that was stopped, or of fewer networks
-                one = known["found"][known["cells"].index(cell)]
-            else:
+            if (one := before.get(weights_of(cell))) is None:
                 planned = plan.cells[cell["key"]]
                 model = trained_model(planned, store).to(device)
                 one = rounded(kind.measure(model, planned.cell, device))
                 bar.update()
             made["cells"].append(cell)
             made["found"].append(one)
-            write(path, made)
+            write(path, made)  # one that is stopped goes on from here
     return made
+
+
+def weights_of(cell: dict) -> tuple[str, str]:
+    """Which weights a measured cell is of, whatever its row is called."""
+    return cell["key"], cell["result_sha256"]
+
+
+def measured_before(folder: Path, settings: dict) -> dict[tuple[str, str], dict]:
+    """Weights -> what was found, of all files of this machine that were made in this way: tables
+    share networks."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        known = read(path)
+        if known is not None and known["settings"] == settings:
+            found |= zip(map(weights_of, known["cells"]), known["found"], strict=True)
+    return found
 
 
 def published(name: str, profile: str, table: Table, plan: Plan, store: Store) -> dict | None:

@@ -533,36 +533,49 @@ def spreads(results: Results, found: dict[str, list]) -> Shown:
         axis.set_ylim(0, None)
     blocks_of(axes[-1], [layer["layer"] for layer in next(iter(found.values()))[0]["after"]])
     beside(axes[0])
-    yield "How far the largest weight and the largest output stand out, layer by layer.", finished(
-        figure
+    yield (
+        "How far the largest weight and the largest output stand out, layer by layer.",
+        finished(figure),
     )
-    yield "Largest weight of every branch and of their sum, layer by layer.", branches_drawn(
-        results, found
+    yield (
+        "Largest weight of every branch and of their sum, layer by layer.",
+        branches_drawn(results, found),
     )
 
 
 def tried(results: Results, found: dict[str, list]) -> str:
-    """Whether these networks have the spread of which the paper speaks; by rule."""
-    control = results.table.control
-    if control not in found:
+    """Whether kernels that were added up deviate more here than those that never were, as in the
+    paper; by rule. Of rows that name what the paper has of their spread."""
+    control, rows = results.table.control, results.table.rows
+    others = [row for row in found if "spread" in rows[row].measured and row != control]
+    if control not in found or not others:
         return ""
-    centre, around = (
-        catalogue.number("repopt/table11/repvgg_b1_after_branch_addition", column)
-        for column in ("central", "surrounding")
-    )
-    ours = float(np.mean([np.median(deviations(one)) for one in found[control]]))
-    told = (
-        f"In the paper's kernel of RepVGG the central weights deviate {centre / around:.3g} times "
-        f"as much as those around them (table 11); here {ours:.3g} times (the median kernel). "
-    )
-    if ours < TRIED * centre / around:
-        told += (
-            f"That is less than {TRIED:g} of the paper's: what it says of such kernels is not "
-            "tried by these networks, whatever they lose."
+
+    def paper(row: str) -> float:
+        return papers(results, row, "spread", ["param_std"])[0]
+
+    def ours(row: str) -> np.ndarray:
+        kernels = [
+            [steps["deployed"]["overall"] for steps in one["conversion"]["blocks"].values()]
+            for one in found[row]
+        ]
+        return np.mean(kernels, axis=0)
+
+    told = []
+    for row in others:
+        theirs = paper(control) / paper(row)
+        here = float(np.median(ours(control) / ours(row)))
+        one, other = name(results, control), name(results, row)
+        said = (
+            f"In the paper the weights of one kernel of {one} deviate {theirs:.3g} times as much "
+            f"as those of {other}; here {here:.3g} times (median over kernels, mean over seeds). "
         )
-    else:
-        told += "Kernels as uneven as the paper's are there, so that its claim is tried."
-    return f"<p>{told}</p>"
+        if here < TRIED * theirs:
+            said += f"That is less than {TRIED:g} of the paper's: its claim is not tried here."
+        else:
+            said += "That is a spread as the paper speaks of: its claim is tried here."
+        told.append(f"<p>{escape(said)}</p>")
+    return "".join(told)
 
 
 def branches_drawn(results: Results, found: dict[str, list]) -> Figure:
