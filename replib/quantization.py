@@ -9,8 +9,10 @@ Inputs of convolutions and linear layers become unsigned 8-bit numbers with a ze
 for a map; weights signed ones, -127 to 127, symmetric, with one scale for a kernel or one for each
 output channel; biases stay float32. What is returned computes with these numbers in float32 (its
 weights are stored in 8 bits), which is the arithmetic of integers up to the rounding of float32
-sums; written as ONNX, it runs in integers in ONNX Runtime. Observers, rounding and the graph are
-torchao's (pt2e).
+sums; written as ONNX, it runs in integers in ONNX Runtime wherever one such layer follows another.
+There, sums of two products saturate on processors without instructions for them (VNNI), and differ
+from these: `bits=7` keeps weights small enough. Other layers, transposed convolutions among them,
+stay in float32. Observers, rounding and the graph are torchao's (pt2e).
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018; for merged networks, Ding et al., "Re-parameterizing
@@ -58,16 +60,19 @@ def quantize(
     batches: Iterable[Tensor],
     weights: str = "tensor",
     activations: str | None = "minmax",
+    bits: int = 8,
 ) -> nn.Module:
     """A copy of a deployed network in 8 bits, calibrated after training (PTQ).
 
     fused: what `replib.fuse` returns, in eval mode. batches: calibration images (N, C, *space)
     where the network is, normalised as in testing. weights: of `WEIGHTS`; activations: of
-    `CALIBRATIONS`.
+    `CALIBRATIONS`. bits: of weights, 2 to 8; maps have 8.
     Raises: ValueError for other values, for a network in train mode or with blocks that are not
     fused, and without images; UserError where torchao is missing or the network cannot be exported.
     """
-    prepared = observed(fused, batches, weights, activations, training=False)
+    if bits not in range(2, 9):
+        raise ValueError(f"bits (={bits!r}) must be from 2 to 8.")
+    prepared = observed(fused, batches, weights, activations, training=False, bits=bits)
     return finished(prepared)
 
 
@@ -123,6 +128,7 @@ def observed(
     weights: str,
     activations: str | None,
     training: bool,
+    bits: int = 8,
 ) -> fx.GraphModule:
     """The network as a graph in which observers have seen the batches."""
     for name, value, allowed in (
@@ -143,7 +149,8 @@ def observed(
         raise ValueError("batches must hold images: ranges are calibrated on them.")
     with quiet():
         prepare = prepare_qat_pt2e if training else prepare_pt2e
-        prepared = prepare(exported(fused, first), quantizer(weights, activations, training))
+        rules = quantizer(weights, activations, training, 2 ** (bits - 1) - 1)
+        prepared = prepare(exported(fused, first), rules)
     with torch.no_grad():
         prepared(first)
         for batch in batches:
@@ -174,8 +181,8 @@ def exported(fused: nn.Module, x: Tensor) -> fx.GraphModule:
     return graph
 
 
-def quantizer(weights: str, activations: str | None, training: bool):
-    """What tells torchao which tensors are rounded, and how."""
+def quantizer(weights: str, activations: str | None, training: bool, steps: int):
+    """What tells torchao which tensors are rounded, and how; weights from -steps to steps."""
     from torchao.quantization.pt2e import fake_quantize, observer
     from torchao.quantization.pt2e.quantizer import (
         QuantizationAnnotation,
@@ -204,7 +211,7 @@ def quantizer(weights: str, activations: str | None, training: bool):
     }
     kind, scheme = kinds[weights, training]
     follow = {"averaging_constant": 1.0} if training else {}
-    kernels = spec(kind, torch.int8, -127, 127, scheme, **follow)
+    kernels = spec(kind, torch.int8, -steps, steps, scheme, **follow)
     maps = None
     if activations is not None:
         if training:

@@ -12,9 +12,14 @@ from torch import nn
 from replib import fuse
 from replib.blocks import BLOCKS
 from replib.errors import UserError
+from replib.experiments import cells, measurements
+from replib.experiments.params import Cell
+from replib.experiments.store import Store
 from replib.models import build
 from replib.networks import outermost_blocks
 from replib.quantization import converted, layer_ranges, quantize, trainable
+from replib.training.evaluation import Split, accuracy
+from replib.training.loop import OutOfTime
 
 torch.set_num_threads(1)
 
@@ -31,14 +36,14 @@ def one_layer() -> nn.Module:
     return nn.Sequential(conv, nn.ReLU()).eval()
 
 
-def rounded_weights(weight: np.ndarray, by_channel: bool) -> np.ndarray:
+def rounded_weights(weight: np.ndarray, by_channel: bool, steps: int = 127) -> np.ndarray:
     """Weights in 8 bits, number by number."""
     out = np.zeros_like(weight)
     for o in range(len(weight)):
         largest = max(abs(v) for v in (weight[o] if by_channel else weight).flatten())
-        scale = largest / 127
+        scale = largest / steps
         for at in np.ndindex(weight[o].shape):
-            out[(o, *at)] = min(127, max(-127, round(float(weight[(o, *at)] / scale)))) * scale
+            out[(o, *at)] = min(steps, max(-steps, round(float(weight[(o, *at)] / scale)))) * scale
     return out
 
 
@@ -53,7 +58,7 @@ def rounded_map(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("weights", ["tensor", "channel"])
+@pytest.mark.parametrize("weights", ["tensor", pytest.param("channel", marks=pytest.mark.slow)])
 def test_numbers_are_those_of_a_plain_loop(weights):
     net, x = one_layer(), drawn(4, 2, 6, 6, seed=2)
     kernel = rounded_weights(net[0].weight.detach().double().numpy(), weights == "channel")
@@ -68,14 +73,43 @@ def test_numbers_are_those_of_a_plain_loop(weights):
     torch.testing.assert_close(net[0].weight, one_layer()[0].weight)  # the network stays
 
 
+@pytest.mark.slow
+def test_fewer_bits():
+    net, x = one_layer(), drawn(4, 2, 6, 6)
+    kernel = rounded_weights(net[0].weight.detach().double().numpy(), True, steps=7)
+    expected = F.relu(F.conv2d(x, torch.tensor(kernel).float(), net[0].bias, 2, 1))
+    found = quantize(net, [x], "channel", None, bits=4)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_eight_bits_are_the_arithmetic_of_integers():
+    """The graph of one layer beside sums of whole numbers: to the rounding of float32."""
+    net, x = one_layer(), drawn(4, 2, 6, 6, seed=7)
+    weight, bias = net[0].weight.detach().double(), net[0].bias.detach().double()
+    low, high = x.min().double(), x.max().double()
+    step = (high - low) / 255
+    zero = (-low / step).round()
+    images = (x.double() / step + zero).round().clamp(0, 255).long()
+    scales = weight.abs().flatten(1).amax(1) / 127
+    kernel = (weight / scales.view(-1, 1, 1, 1)).round().long()
+    padded = F.pad(images, (1, 1, 1, 1), value=int(zero)) - int(zero)
+    columns = F.unfold(padded.double(), 3, stride=2).long()  # whole numbers, exact in float64
+    sums = (kernel.flatten(1) @ columns).view(4, 3, 3, 3)
+    expected = sums * (scales * step).view(-1, 1, 1) + bias.view(-1, 1, 1)
+    found = quantize(net, [x], "channel")(x)
+    torch.testing.assert_close(found, expected.clamp(min=0).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_histogram_cuts_off_what_is_rare():
-    net, x = one_layer(), drawn(8, 2, 6, 6, seed=3)
-    x[0, 0, 0, 0] = 200.0
+    net, x = one_layer(), drawn(8, 2, 256, 256, seed=3)
+    x[0, 0, 0, 0] = 40.0  # of a million numbers: its own error is the smaller one
     errors = {
         activations: (quantize(net, [x], "channel", activations)(x) - net(x))[1:].abs().mean()
         for activations in ("minmax", "histogram")
     }
-    assert errors["histogram"] < errors["minmax"] / 4
+    assert errors["histogram"] < errors["minmax"] / 1.5
 
 
 def test_training_moves_ranges_and_what_it_leaves_is_what_is_converted():
@@ -114,6 +148,8 @@ def test_mistakes_are_told(monkeypatch):
         ValueError, match=r"activations \(='max'\) must be one of minmax, histogram"
     ):
         quantize(net, [x], activations="max")
+    with pytest.raises(ValueError, match=r"bits \(=9\) must be from 2 to 8\."):
+        quantize(net, [x], bits=9)
     with pytest.raises(ValueError, match="batches must hold images"):
         quantize(net, [])
     with pytest.raises(ValueError, match=r"the model is in train mode: call model\.eval"):
@@ -134,15 +170,16 @@ def test_mistakes_are_told(monkeypatch):
 
 @pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
 def test_ranges_before_and_after_fusing(block):
-    net = scrambled(build("digits", block, width=0.5, classes=4, in_channels=1)).eval()
+    net = scrambled(build("digits", block, classes=4, in_channels=1)).eval()
     for one in outermost_blocks(net).values():
         one.set_rate(0.5)
     batches = [drawn(5, 1, 8, 8, seed=i) for i in range(2)]
     x = torch.cat(batches)
     before, after = layer_ranges(net, batches), layer_ranges(fuse(net), batches)
-    whole = [one | {"part": ""} for one in before if one["part"] in ("", "sum")]
+    whole = [one for one in before if one["part"] in ("", "sum")]
     assert [one["layer"] for one in whole] == [one["layer"] for one in after]
     for ours, theirs in zip(whole, after, strict=True):
+        ours, theirs = (list(one.values())[2:] for one in (ours, theirs))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     name, first = next(iter(outermost_blocks(net).items()))
     lines = {one["part"]: one for one in before if one["layer"] == name}
@@ -173,11 +210,11 @@ def test_ranges_before_and_after_fusing(block):
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["tensor", "channel"])
 def test_integers_of_onnx_runtime_agree(weights, tmp_path):
-    """A whole merged network, run in 8-bit integers: the same classes, logits within a few steps."""
+    """A whole merged network, run in integers: the same classes, logits within a few steps."""
     runtime = pytest.importorskip("onnxruntime")
     net = fuse(scrambled(build("digits", "repvgg", width=1.0, classes=10, in_channels=1)).eval())
     x = drawn(256, 1, 8, 8, seed=6)
-    ours = quantize(net, x.split(64), weights)
+    ours = quantize(net, x.split(64), weights, bits=7)  # more would saturate on some processors
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(ours, (x[:2],), dynamo=True, dynamic_shapes=batch, verbose=False)
     program.save(tmp_path / "net.onnx")
@@ -187,7 +224,73 @@ def test_integers_of_onnx_runtime_agree(weights, tmp_path):
     session = runtime.InferenceSession(tmp_path / "net.onnx", options, ["CPUExecutionProvider"])
     theirs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     run = (tmp_path / "run.onnx").read_bytes()
-    assert run.count(b"QLinearConv") >= 4, "convolutions are of integers there"
+    assert run.count(b"QLinearConv") == 3, "all but the last, which no layer of 8 bits follows"
     mine, rounding = ours(x), (ours(x) - net(x)).abs().mean()
     assert (theirs - mine).abs().mean() < rounding / 4, "closer to each other than to float32"
-    assert (theirs.argmax(1) == mine.argmax(1)).float().mean() > 0.99
+    assert (theirs.argmax(1) == mine.argmax(1)).float().mean() > 0.95
+
+
+# -- cells -----------------------------------------------------------------------------------------
+def cell(**changes) -> Cell:
+    values = dict(
+        data="digits", train_images=80, held_out=20, seed=0, body="digits", block="repvgg",
+        epochs=2, batch_size=20, learning_rate=0.05, momentum=0.9, weight_decay=1e-3,
+    )  # fmt: skip
+    return Cell.model_validate(values | changes)
+
+
+@pytest.mark.slow
+def test_a_cell_goes_on_in_eight_bits_and_a_killed_one_goes_on(tmp_path, one_thread):
+    store = Store(tmp_path)
+    base = cells.Planned("1" * 64, cell(epochs=10))
+    cells.run_cell(base, {}, store, say=lambda text: None)
+    found = []
+    for key, stop in (("2", False), ("3", True)):
+        planned = cells.Planned(key * 64, cell(quantized={"images": 50}, start="1" * 64))
+        if stop:  # after its first step
+            with pytest.raises(OutOfTime):
+                cells.run_cell(planned, {"1" * 64: base}, store, deadline=0.0)
+        cells.run_cell(planned, {"1" * 64: base}, store, say=lambda text: None)
+        found.append(store.read(key * 64)["result"] | {"key": None})
+    assert found[0] == found[1]
+    result = found[0]
+    assert result["versions"]["quantized"] == 1
+    float32 = store.read("1" * 64)["result"]["deployed"]
+    assert result["deployed"]["parameters"] == float32["parameters"]
+    assert result["history"]["train_loss"][0] < 2, "it begins as what was trained"
+    model = cells.trained_model(planned, store)
+    test = Split.test(cells.dataset(planned.cell), "cpu")
+    said = measurements.in_eight_bits(model, planned.cell, "cpu")["eight_bits"]
+    assert said == {"trained": accuracy(converted(model), test)}
+    assert said["trained"] == result["deployed"]["test_accuracy"]
+    merged = fuse(cells.trained_model(base, store))
+    images = list(cells.calibration(base.cell, "cpu", 60))
+    assert sum(map(len, images)) == 60 == len(base_images := torch.cat(images).unique(dim=0))
+    again = torch.cat(list(cells.calibration(base.cell, "cpu", 60))).unique(dim=0)
+    assert torch.equal(base_images, again)
+    measured = measurements.in_eight_bits(cells.trained_model(base, store), base.cell, "cpu")
+    assert measured["float"] == pytest.approx(accuracy(merged, test), abs=1e-9)
+    assert set(measured["eight_bits"]) == set(measured["same_class"]) == set(measurements.SCHEMES)
+    ranges = list(cells.calibration(base.cell, "cpu", measurements.IMAGES))
+    for name, (weights, activations) in measurements.SCHEMES.items():
+        quantized = quantize(merged, ranges, weights, activations)
+        assert measured["eight_bits"][name] == pytest.approx(accuracy(quantized, test), abs=1e-9)
+        assert 0.9 < measured["same_class"][name] <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({}, "quantized needs start"),
+        ({"start": "x", "ema": 0.9}, r"ema \(=0.9\) with quantized must be \(=0.0\)"),
+        ({"start": "x", "accumulate": 2}, r"accumulate \(=2\) with quantized must be \(=1\)"),
+        ({"start": "x", "cycle": {"warmup": 1}}, "cycle and quantized exclude each other"),
+        (
+            {"start": "x", "decay": "weights"},
+            r"decay \(=weights\) with quantized must be one of all",
+        ),
+    ],
+)
+def test_cells_that_make_no_sense_are_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        cell(quantized={}, **changes)
