@@ -110,7 +110,12 @@ class Trainable(nn.Module):
         self.graph = graph
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.graph(x)
+        try:
+            return self.graph(x)
+        except AssertionError as error:  # torchao's, of a smallest value that is no number
+            raise UserError(
+                f"training in 8 bits has diverged ({error}): take a smaller learning rate."
+            ) from None
 
     def train(self, mode: bool = True) -> Trainable:
         for module in self.modules():  # an exported graph has no train() and eval() of its own
