@@ -20,6 +20,7 @@ from replib.experiments.params import (
     Cell,
     DyRepParams,
     NarrowParams,
+    QuantizedParams,
     RepOptParams,
     ResRepParams,
     Table,
@@ -209,7 +210,7 @@ def test_a_new_key_at_its_default_changes_no_key():
                    resrep=ResRepParams(target=0.5), narrow=NarrowParams(target=0.5, rule="uniform"),
                    search=True, repopt=RepOptParams(), scales="a" * 64,
                    body_options={"depths": [1]}, receptive_field=32, split_seed=1,
-                   transfer=TransferParams(head="fcn"))  # fmt: skip
+                   transfer=TransferParams(head="fcn"), quantized=QuantizedParams())  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

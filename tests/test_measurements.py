@@ -106,7 +106,7 @@ def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch)
     for damaged in (json.dumps(other), short, "{}"):
         path.write_text(damaged)
         again.append(results.measure("cpu"))
-    assert len(asked) == 5 * made
+    assert len(asked) == made + 1 + 3 * made, "what was damaged, then all of them"
     assert all(one["found"] == first["found"] for one in again)
 
 
@@ -190,3 +190,53 @@ def test_the_papers_deviations_stand_beside_ours():
     rows = catalogue()["repopt"].items["table11"].rows.values()
     read = [f"{row[c]:g}" for row in rows for c in ("overall", "central", "surrounding")]
     assert papers_columns(page) == read and len(read) == 12
+
+
+def layer(name: str, part: str, peak: float) -> dict:
+    numbers = {"weight_min": -peak, "weight_max": peak / 2, "weight_peak": peak, "output_peak": 2.0}
+    return {"layer": name, "part": part} | numbers
+
+
+def in_eight_bits(accuracy: float, lost: float, deviation: float) -> dict:
+    """What is found of a network of one block that loses so much."""
+    parts = {"overall": deviation, "centre": 2 * deviation, "surrounding": deviation}
+    schemes = measurements.SCHEMES
+    return {
+        "float": accuracy,
+        "eight_bits": {name: accuracy - lost for name in schemes},
+        "same_class": dict.fromkeys(schemes, 0.75),
+        "before": [layer("b", part, 3.0) for part in ("dense", "1x1", "sum")],
+        "after": [layer("b", "", 4.0)],
+        "conversion": {"blocks": {"b": {"deployed": parts}}, "example": {"block": "b"}},
+    }
+
+
+@pytest.mark.parametrize("deviation, told", [(1.0, "is tried here"), (0.3, "is not tried here")])
+def test_losses_in_eight_bits_by_hand(deviation, told):
+    path = ROOT / "params" / "repopt-table10" / "quick.yaml"
+    table = load_table(path, networks=False, cells=False)
+    found = {
+        "repvgg": [in_eight_bits(0.9, 0.2, deviation), in_eight_bits(0.8, 0.3, deviation)],
+        "repopt": [in_eight_bits(0.9, 0.1, 0.25), in_eight_bits(0.8, 0.1, 0.25)],
+        "repopt_trained": [{"eight_bits": {"trained": 0.85}}, {"eight_bits": {"trained": 0.75}}],
+    }
+    cells = [{"row": row, "seed": seed} for row in found for seed in (0, 1)]
+    results = SimpleNamespace(
+        table=table,
+        measurement={"cells": cells},
+        against=lambda row: table.rows[row].against or table.control,
+    )
+    drawn = measured_figures.draw_quantization(results, found)
+    page = "".join(part for part in drawn if isinstance(part, str))
+    lines = re.findall(r"<tr><td><b>(.*?)</td></tr>", page)
+    numbers = [re.sub(" <small>.*?</small>", "", one).split("</td><td>") for one in lines]
+    assert numbers[0][:5] == ["RepVGG</b>", "85", "60", "54.55", "25"]
+    assert numbers[1][:5] == ["RepOpt-VGG</b>", "85", "75", "75.89", "10"]
+    assert numbers[0][-1] == "25", "images whose class changes"
+    assert numbers[2][1:] == [
+        "RepVGG", "one scale a kernel", numbers[2][-1]
+    ] and "+15.00 points" in numbers[2][-1]  # fmt: skip
+    trained = next(one for one in numbers if "trained" in one[0])
+    assert trained[1:] == ["80", "78.24", "5"]
+    assert told in page and "deviate 3.55 times" in page
+    assert f"here {deviation / 0.25:.3g} times" in page

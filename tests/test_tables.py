@@ -86,6 +86,8 @@ def keys(table, profile, row):
         (("acnet-fig5", "quick", "acnet"), ("acnet-fig6", "quick", "acnet")),
         (("acnet-fig6", "quick", "border"), ("acnet-fig5", "quick", "border")),
         (("repopt-table11", "quick", "repopt"), ("repopt-table4", "quick", "repopt")),
+        (("repopt-table8", "quick", "plain"), ("repopt-table4", "quick", "sgd")),
+        (("repopt-table10", "quick", "repvgg"), ("repopt-table11", "quick", "repvgg")),
     ],
     ids=str,
 )

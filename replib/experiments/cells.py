@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from replib import machine, parallel
+from replib import machine, parallel, quantization
 from replib.analysis import receptive_field
 from replib.blocks import BLOCKS, own
 from replib.errors import UserError
@@ -35,12 +35,19 @@ from replib.experiments.params import (
 )
 from replib.experiments.store import Store, home, sha256
 from replib.experiments.weights import file_digest, fill, located, state_of, weights_digest
-from replib.fusing import deployed_copy
+from replib.fusing import deployed_copy, fuse
 from replib.methods import cycle, distill, dyrep, repoptimizers, resrep
 from replib.models import BODY_VERSIONS
-from replib.training import loop
+from replib.training import loader, loop
 from replib.training.data import Dataset, Splits, derive, load, split
-from replib.training.evaluation import REPORTED, Split, accuracy, deployed_report, relative_jump
+from replib.training.evaluation import (
+    REPORTED,
+    Normalise,
+    Split,
+    accuracy,
+    deployed_report,
+    relative_jump,
+)
 from replib.training.known_logits import known_logits, left_over
 from replib.training.loader import worthwhile
 from replib.training.loop import Recipe, Task, fit
@@ -49,6 +56,8 @@ from replib.training.step import chosen, sgd
 from replib.transfer import VERSION as TRANSFER_VERSION
 from replib.transfer import data as scenes
 from replib.transfer.tasks import Detection, Kind, Segmentation, extra, scaled_groups
+
+CALIBRATED = 128  # images of a batch on which ranges are found
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,8 @@ def versions_of(cell: Cell) -> dict[str, int | str]:
         versions["distill"] = distill.VERSION
     if cell.resrep is not None or cell.narrow is not None:
         versions["resrep"] = resrep.VERSION
+    if cell.quantized is not None:
+        versions["quantized"] = quantization.VERSION
     if cell.repopt is not None:  # the version of a search is in its key
         versions |= {"repopt": repoptimizers.VERSION, "block:csla": BLOCKS["csla"].version}
     if cell.transfer is not None:
@@ -361,6 +372,8 @@ def with_weights(cell: Cell, weights: dict) -> nn.Module:
     if (pruning := cell.resrep or cell.narrow) is not None:
         deployed = cell.resrep is not None
         model = resrep.of_widths(model, weights["widths"], pruning.targets, deployed=deployed)
+    if cell.quantized is not None:  # ranges are among the weights
+        model = in_eight_bits(cell, model, [example(cell, model)])
     model.load_state_dict(weights["model"])
     return model
 
@@ -466,6 +479,9 @@ def run_cell(
     widths = None
     if cell.narrow is not None:
         model, widths = narrowed(cell, model)
+    if cell.quantized is not None:
+        model = in_eight_bits(cell, model.to(device), calibration(cell, device))
+        compile = "none"  # its observers ask for values at every step
     teacher = teacher_of(planned, plan_cells, store)
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last)
@@ -722,6 +738,27 @@ def narrowed(cell: Cell, model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
     except ValueError as error:
         raise UserError(f"narrow: {error}") from None
     return model, {name: len(channels) for name, channels in kept.items()}
+
+
+# -- 8 bits ----------------------------------------------------------------------------------------
+def in_eight_bits(
+    cell: Cell, model: nn.Module, batches: Iterable[Tensor]
+) -> quantization.Trainable:
+    """The network of a cell merged, rounding as it computes; its ranges those of the batches."""
+    return quantization.trainable(fuse(model.eval()), batches, cell.quantized.weights)
+
+
+def calibration(cell: Cell, device: str, images: int | None = None) -> Iterator[Tensor]:
+    """Normalised training images of a cell that its seed draws, not augmented, in batches.
+
+    images: how many, by default as the cell says.
+    """
+    data, train = dataset(cell), split_of(cell).train
+    drawn = torch.Generator().manual_seed(derive(cell.seed, "calibration"))
+    chosen = train[torch.randperm(len(train), generator=drawn)[: images or cell.quantized.images]]
+    normalise = Normalise(data, device)
+    for batch in loader.batches(data.train_images, chosen.split(CALIBRATED), device):
+        yield normalise(batch)
 
 
 def groups_of(cell: Cell, model: nn.Module, method: object) -> list[dict]:

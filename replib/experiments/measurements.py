@@ -12,19 +12,21 @@ without them.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from replib import machine
+from replib import machine, quantization
 from replib.analysis import kernel_statistics, similarity
-from replib.experiments.cells import Cell, Plan, dataset, trained_model
+from replib.experiments.cells import Cell, Plan, calibration, dataset, trained_model
 from replib.experiments.params import Table
 from replib.experiments.store import Store, finite, home
-from replib.fusing import deployed_copy
+from replib.fusing import deployed_copy, fuse
 from replib.training import loader
 from replib.training.checkpoint import write_bytes
 from replib.training.data import derive
@@ -35,6 +37,14 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.44)  # of weights set to zero; corners are 
 DRAWS = 5  # of these weights
 BINS = 101
 IMAGES, BATCH = 1024, 128
+# How networks are quantized after training: what has one scale, how ranges of maps are found.
+SCHEMES = {
+    "tensor": ("tensor", "minmax"),
+    "channel": ("channel", "minmax"),
+    "histogram": ("tensor", "histogram"),
+    "weights": ("tensor", None),
+}
+TRAINED = "trained"  # in their place, of a network that was trained for 8 bits
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,8 @@ def read(path: Path) -> dict | None:
 def own(
     name: str, profile: str, table: Table, plan: Plan, store: Store, device: str = "cpu"
 ) -> dict | None:
-    """The measurement of this machine's weights, made where it is missing or of other weights.
+    """The measurement of this machine's weights, made where it is missing or of other weights;
+    what another table has measured of the same weights is not measured again.
 
     {"context", "settings", "cells", "found"}: found[i] is of cells[i]. None for a table that asks
     for none, and where there are no weights.
@@ -113,17 +124,39 @@ def own(
         return None
     kind, path = KINDS[table.measure], path_of(store, name, profile)
     known = read(path)
-    if known is None or (known["cells"], known["settings"]) != (cells, kind.stated):
-        found = []
+    if known is not None and (known["cells"], known["settings"]) == (cells, kind.stated):
+        return known
+    made = {"context": machine.context(device, home()), "settings": kind.stated}
+    made |= {"cells": [], "found": []}
+    before = measured_before(path.parent, kind.stated)
+    missing = sum(weights_of(cell) not in before for cell in cells)
+    with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
         for cell in cells:
-            planned = plan.cells[cell["key"]]
-            model = trained_model(planned, store).to(device)
-            found.append(rounded(kind.measure(model, planned.cell, device)))
-        where = machine.context(device, home())
-        made = {"context": where, "settings": kind.stated, "cells": cells, "found": found}
-        write(path, made)
-        return made
-    return known
+            if (one := before.get(weights_of(cell))) is None:
+                planned = plan.cells[cell["key"]]
+                model = trained_model(planned, store).to(device)
+                one = rounded(kind.measure(model, planned.cell, device))
+                bar.update()
+            made["cells"].append(cell)
+            made["found"].append(one)
+            write(path, made)  # one that is stopped goes on from here
+    return made
+
+
+def weights_of(cell: dict) -> tuple[str, str]:
+    """Which weights a measured cell is of, whatever its row is called."""
+    return cell["key"], cell["result_sha256"]
+
+
+def measured_before(folder: Path, settings: dict) -> dict[tuple[str, str], dict]:
+    """Weights -> what was found, of all files of this machine that were made in this way: tables
+    share networks."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        known = read(path)
+        if known is not None and known["settings"] == settings:
+            found |= zip(map(weights_of, known["cells"]), known["found"], strict=True)
+    return found
 
 
 def published(name: str, profile: str, table: Table, plan: Plan, store: Store) -> dict | None:
@@ -230,6 +263,44 @@ def conversions(model: nn.Module, cell: Cell, device: str) -> dict:
     return {"blocks": deviations, "example": {"block": example, "histograms": drawn}}
 
 
+def in_eight_bits(model: nn.Module, cell: Cell, device: str) -> dict:
+    """{"float": test accuracy of the deployed network, "eight_bits": scheme -> of the network in 8
+    bits, "same_class": scheme -> share of images that get the class they had, "before" and
+    "after": `layer_ranges` of blocks and of what they are deployed as, "conversion"}.
+
+    Of a network that was trained for 8 bits {"eight_bits": {"trained": accuracy}} alone.
+    """
+    test = Split.test(dataset(cell), device)
+    if isinstance(model, quantization.Trainable):
+        return {"eight_bits": {TRAINED: accuracy(quantization.converted(model), test)}}
+    fused, images = fuse(model), list(calibration(cell, device, IMAGES))
+    whole = classes(fused, test)
+    found = {
+        "float": right(whole, test),
+        "eight_bits": {},
+        "same_class": {},
+        "before": quantization.layer_ranges(model, images),
+        "after": quantization.layer_ranges(fused, images),
+        "conversion": conversions(model, cell, device),
+    }
+    for name, (weights, activations) in SCHEMES.items():
+        given = classes(quantization.quantize(fused, images, weights, activations), test)
+        found["eight_bits"][name] = right(given, test)
+        found["same_class"][name] = (given == whole).double().mean().item()
+    return found
+
+
+@torch.no_grad()
+def classes(model: nn.Module, split: Split) -> Tensor:
+    """The class that every image is given, (N,)."""
+    return torch.cat([model(x).argmax(1) for x in split.inputs()])
+
+
+def right(given: Tensor, split: Split) -> float:
+    """The fraction of images whose class is their label."""
+    return (given == torch.cat(list(split.labels))).double().mean().item()
+
+
 KINDS = {
     "similarity": Kind(
         similarities, 1, "test images of all classes", {"images": IMAGES, "batch": BATCH}
@@ -240,4 +311,7 @@ KINDS = {
         sparsities, 1, "all test images", {"shares": list(SHARES), "draws": DRAWS}
     ),
     "conversion": Kind(conversions, 1, "kernels larger than 1 × 1", {"bins": BINS}),
+    "quantization": Kind(
+        in_eight_bits, 1, "all test images, ranges from training images", {"images": IMAGES}
+    ),
 }  # fmt: skip

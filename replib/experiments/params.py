@@ -37,6 +37,7 @@ from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
 from replib.methods.resrep import DROPS, FORMS, RULES, THRESHOLD
 from replib.models import BODIES, build
 from replib.narrowing import spans
+from replib.quantization import WEIGHTS
 from replib.training.augmentation import Augmentation
 from replib.training.data import DATA
 from replib.training.evaluation import VIEWS
@@ -168,6 +169,14 @@ class TransferParams(Strict):
         return HEADS[self.head]
 
 
+class QuantizedParams(Strict):
+    """A deployed network that is trained to compute in 8 bits (replib.quantization); from a parent,
+    whose blocks are merged first."""
+
+    weights: Literal[WEIGHTS] = "tensor"  # what has one scale
+    images: Positive = 1024  # of the training images, on which ranges begin
+
+
 class DistillParams(Strict):
     """RepAn's distillation loss (replib.methods.distill)."""
 
@@ -265,6 +274,7 @@ class Cell(Strict):
     narrow: NarrowParams | None = None
     distill: DistillParams | None = None
     transfer: TransferParams | None = None  # None: classes of images
+    quantized: QuantizedParams | None = None
     search: bool = False  # a search for RepOptimizers: the mean of every scale is logged
     repopt: RepOptParams | None = None
     scales: str | None = None  # key of the cell that searched for them, or path of a file
@@ -321,6 +331,7 @@ class Cell(Strict):
         self.scales_are_consistent()
         self.pruning_is_consistent()
         self.transfer_is_consistent()
+        self.rounding_is_consistent()
         return self
 
     def transfer_is_consistent(self) -> None:
@@ -335,7 +346,8 @@ class Cell(Strict):
             raise ValueError(
                 f"data (={self.data}) with transfer.head={given.head} must be one of {fitting}"
             )
-        others = ("cycle", "dyrep", "resrep", "narrow", "distill", "repopt", "receptive_field")
+        others = ("cycle", "dyrep", "resrep", "narrow", "quantized", "distill", "repopt")
+        others = (*others, "receptive_field")
         for name in (name for name in others if getattr(self, name) is not None):
             raise ValueError(f"{name} and transfer exclude each other: leave one of them out")
         known = {field.name for field in fields(Augmentation)} - {"flip", "crop_interpolation"}
@@ -382,6 +394,26 @@ class Cell(Strict):
     def metric(self) -> str:
         """What its scores are called."""
         return "accuracy" if self.transfer is None else METRICS[self.transfer.task]
+
+    def rounding_is_consistent(self) -> None:
+        """Rules between quantized and the other keys. Raises: ValueError."""
+        if self.quantized is None:
+            return
+        if self.start is None:
+            raise ValueError("quantized needs start: the trained network that is merged")
+        for other in ("cycle", "dyrep", "resrep", "narrow", "repopt"):
+            if getattr(self, other) is not None:
+                raise ValueError(f"{other} and quantized exclude each other: leave one of them out")
+        # An average has no ranges of its own, parts of a batch would each move them.
+        for name in ("ema", "accumulate", "search"):
+            value, default = getattr(self, name), Cell.model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} (={value}) with quantized must be (={default})")
+        if self.decay not in WITHOUT_KINDS:
+            raise ValueError(
+                f"decay (={self.decay}) with quantized must be one of {', '.join(WITHOUT_KINDS)}: "
+                "a graph does not know the kinds of its layers"
+            )
 
     def pruning_is_consistent(self) -> None:
         """Rules between resrep, narrow and the other keys. Raises: ValueError."""
@@ -570,8 +602,12 @@ ADDED = {
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
     "initialisation", "dyrep", "resrep", "narrow", "search", "repopt", "scales",
-    "views", "body_options", "receptive_field", "split_seed", "transfer",
+    "views", "body_options", "receptive_field", "split_seed", "transfer", "quantized",
 }  # fmt: skip
+
+
+# Rules of `decay` that ask for no more than the shape of a parameter.
+WITHOUT_KINDS = ("all", "matrices", "matrices_and_identity")
 
 
 def fragment(model: type[Strict]) -> type[Strict]:
@@ -587,6 +623,7 @@ def fragment(model: type[Strict]) -> type[Strict]:
             NarrowParams,
             DistillParams,
             TransferParams,
+            QuantizedParams,
             RepOptParams,
         ):
             if kind == nested | None:
@@ -699,7 +736,14 @@ class Counted(Network):
 
 
 # How trained networks can be measured (replib.experiments.measurements): no part of any cell.
-MEASURES = ("similarity", "norm_slopes", "magnitudes", "sparsity", "conversion")
+MEASURES = (
+    "similarity",
+    "norm_slopes",
+    "magnitudes",
+    "sparsity",
+    "conversion",
+    "quantization",
+)
 
 
 class Table(Strict):
@@ -922,6 +966,7 @@ def in_one_line(error: ValidationError, where: str, prefix: str = "") -> UserErr
             "narrow": NarrowParams,
             "distill": DistillParams,
             "transfer": TransferParams,
+            "quantized": QuantizedParams,
             "repopt": RepOptParams,
         }
         for part in loc[:-1]:
@@ -1143,7 +1188,7 @@ def check_row(table: Table, row: str, where: str) -> Cell:
                     f"{where}, row {row}: {key} (={getattr(cell, key)!r}) must be that of the row "
                     f"it starts from, {spec.start} (={theirs!r})."
                 )
-        for key in ("dyrep", "resrep", "narrow"):
+        for key in ("dyrep", "resrep", "narrow", "quantized"):
             if parent.get(key) is not None:
                 raise UserError(
                     f"{where}, row {row}: start (={spec.start!r}) must be a row without {key}, "

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 
 from replib.analysis.kernel_statistics import PARTS, PLACES, STEPS
 from replib.analysis.similarity import MEASURES
-from replib.analysis.statistics import estimate
+from replib.analysis.statistics import estimate, paired_gain, statement
 from replib.experiments import measurements
 from replib.report import catalogue
 from replib.report.cycle_figures import finished, looks
@@ -32,6 +32,14 @@ MEASURED = {
     "cka": "linear CKA of branch outputs",
 }
 IN_PAPER = {"overall": "overall", "centre": "central", "surrounding": "surrounding"}  # columns
+EIGHT_BITS = {
+    "tensor": "one scale a kernel",
+    "channel": "one scale an output channel",
+    "histogram": "one scale a kernel, ranges of maps by histogram",
+    "weights": "one scale a kernel, maps in float32",
+}
+IN_PAPER_AFTER = {"quantized": "quantized_top1", "ptq": "ptq_top1"}  # `measured` -> column
+TRIED = 0.5  # of the paper's spread: with less, networks do not try what it says of it
 Shown = Iterator[tuple[str, Figure] | str]  # (what the figure shows, in words; the figure), or HTML
 
 
@@ -400,10 +408,210 @@ def draw_conversion(results: Results, found: dict[str, list]) -> Shown:
     yield "How much more central weights vary than those around them, by block.", finished(figure)
 
 
+# -- in 8 bits -------------------------------------------------------------------------------------
+def draw_quantization(results: Results, found: dict[str, list]) -> Shown:
+    seeds: dict[str, list[int]] = {}
+    for cell in results.measurement["cells"]:
+        seeds.setdefault(cell["row"], []).append(cell["seed"])
+    whole = {
+        row: dict(zip(seeds[row], of_row, strict=True))
+        for row, of_row in found.items()
+        if "float" in of_row[0]
+    }
+    yield accuracies_in_eight_bits(results, whole)
+    yield losses_compared(results, whole)
+    trained = {row: of_row for row, of_row in found.items() if row not in whole}
+    if trained:
+        yield trained_for_eight_bits(results, whole, trained, seeds)
+    if not whole:
+        return
+    yield from spreads(results, {row: list(of_row.values()) for row, of_row in whole.items()})
+
+
+def lost(one: dict, scheme: str) -> float:
+    """Points of accuracy that a network loses in 8 bits."""
+    return 100 * (one["float"] - one["eight_bits"][scheme])
+
+
+def accuracies_in_eight_bits(results: Results, whole: dict[str, dict[int, dict]]) -> str:
+    """Accuracy before and after, row by row; what the paper has."""
+    header, lines = ["", "float32, %", "8 bits, %", "in the paper, %"], []
+    header += [f"lost, points: {said}" for said in EIGHT_BITS.values()]
+    header += ["images whose class changes, %"]
+    for row, of_row in whole.items():
+        ones = list(of_row.values())
+        values = [[100 * one["float"] for one in ones]]
+        values.append([100 * one["eight_bits"]["tensor"] for one in ones])
+        cells = [spread(estimate(v)) for v in values]
+        known = [
+            papers(results, row, what, [column])
+            for what, column in IN_PAPER_AFTER.items()
+            if what in results.table.rows[row].measured
+        ]
+        cells.append(f"{known[0][0]:g}" if known else NONE)
+        cells += [spread(estimate([lost(one, s) for one in ones])) for s in EIGHT_BITS]
+        changed = [100 * (1 - one["same_class"]["tensor"]) for one in ones]
+        lines.append([bold(results, row), *cells, spread(estimate(changed))])
+    said = "<h3>Quantized after training</h3>"
+    return said + table_html(*filled(header, lines), "numbers") + SPREAD
+
+
+def losses_compared(results: Results, whole: dict[str, dict[int, dict]]) -> str:
+    """Whether rows lose less than the one that they are compared with, seed by seed."""
+    lines = []
+    for row, of_row in whole.items():
+        other = results.against(row)
+        if other == row or other not in whole:
+            continue
+        for scheme, said in EIGHT_BITS.items():
+            theirs = {seed: lost(one, scheme) for seed, one in whole[other].items()}
+            gain = paired_gain(theirs, {seed: lost(one, scheme) for seed, one in of_row.items()})
+            if gain is not None:
+                told = statement(gain)
+                lines.append([bold(results, row), name(results, other), said, told])
+    if not lines:
+        return ""
+    header = ["", "over", "8 bits", "how much less it loses, points"]
+    return table_html(header, lines)
+
+
+def trained_for_eight_bits(
+    results: Results,
+    whole: dict[str, dict[int, dict]],
+    trained: dict[str, list],
+    seeds: dict[str, list[int]],
+) -> str:
+    """Accuracy of networks that went on to train in 8 bits, and of what they began as."""
+    header, lines = ["", "8 bits, %", "in the paper, %", "lost by the float32 network, points"], []
+    for row, of_row in trained.items():
+        values = [100 * one["eight_bits"][measurements.TRAINED] for one in of_row]
+        known = papers(results, row, "qat", ["qat_top1"])
+        start = whole.get(results.table.rows[row].start, {})
+        gaps = [
+            100 * start[seed]["float"] - value
+            for seed, value in zip(seeds[row], values, strict=True)
+            if seed in start
+        ]
+        cells = [spread(estimate(values)), f"{known[0]:g}" if known else NONE]
+        lines.append([bold(results, row), *cells, spread(estimate(gaps)) if gaps else NONE])
+    said = "<h3>Trained for 8 bits</h3>"
+    return said + table_html(*filled(header, lines), "numbers") + SPREAD
+
+
+def deviations(one: dict, step: str = "deployed") -> list[float]:
+    """Of every kernel: the deviation in its centre, over that around it."""
+    blocks = one["conversion"]["blocks"].values()
+    return [steps[step]["centre"] / steps[step]["surrounding"] for steps in blocks]
+
+
+def spreads(results: Results, found: dict[str, list]) -> Shown:
+    """How even kernels and maps are, which is what 8 bits ask for; by row, and by layer."""
+    columns = {"weight_peak": "largest |weight| over the deviation"}
+    columns |= {"output_peak": "largest |output| over the deviation"}
+    header = ["", "deviation of one kernel", "in the paper", "centre over around, median"]
+    header += [f"{said}, {which}" for said in columns.values() for which in ("median", "largest")]
+    lines = []
+    for row, ones in found.items():
+        block = ones[0]["conversion"]["example"]["block"]
+        one_kernel = [one["conversion"]["blocks"][block]["deployed"]["overall"] for one in ones]
+        theirs = papers(results, row, "spread", ["param_std"])
+        cells = [spread(estimate(one_kernel)), f"{theirs[0]:g}" if theirs else NONE]
+        cells.append(spread(estimate([float(np.median(deviations(one))) for one in ones])))
+        for column in columns:
+            by_seed = [[layer[column] for layer in one["after"]] for one in ones]
+            for of in (np.median, np.max):
+                cells.append(spread(estimate([float(of(values)) for values in by_seed])))
+        lines.append([bold(results, row), *cells])
+    yield "<h3>How even they are</h3>" + table_html(*filled(header, lines), "numbers") + SPREAD
+    yield tried(results, found)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.6), sharex=True)
+    for axis, (column, said) in zip(axes, columns.items(), strict=True):
+        for row, look in looks(list(found)).items():
+            values = [[layer[column] for layer in one["after"]] for one in found[row]]
+            line(axis, range(len(values[0])), values, label=name(results, row), **look)
+        axis.set_title(f"{said}, deployed", fontsize="medium", loc="left")
+        axis.set_ylim(0, None)
+    blocks_of(axes[-1], [layer["layer"] for layer in next(iter(found.values()))[0]["after"]])
+    beside(axes[0])
+    yield (
+        "How far the largest weight and the largest output stand out, layer by layer.",
+        finished(figure),
+    )
+    yield (
+        "Largest weight of every branch and of their sum, layer by layer.",
+        branches_drawn(results, found),
+    )
+
+
+def tried(results: Results, found: dict[str, list]) -> str:
+    """Whether kernels that were added up deviate more here than those that never were, as in the
+    paper; by rule. Of rows that name what the paper has of their spread."""
+    control, rows = results.table.control, results.table.rows
+    others = [row for row in found if "spread" in rows[row].measured and row != control]
+    if control not in found or not others:
+        return ""
+
+    def paper(row: str) -> float:
+        return papers(results, row, "spread", ["param_std"])[0]
+
+    def ours(row: str) -> np.ndarray:
+        kernels = [
+            [steps["deployed"]["overall"] for steps in one["conversion"]["blocks"].values()]
+            for one in found[row]
+        ]
+        return np.mean(kernels, axis=0)
+
+    told = []
+    for row in others:
+        theirs = paper(control) / paper(row)
+        here = float(np.median(ours(control) / ours(row)))
+        one, other = name(results, control), name(results, row)
+        said = (
+            f"In the paper the weights of one kernel of {one} deviate {theirs:.3g} times as much "
+            f"as those of {other}; here {here:.3g} times (median over kernels, mean over seeds). "
+        )
+        if here < TRIED * theirs:
+            said += f"That is less than {TRIED:g} of the paper's: its claim is not tried here."
+        else:
+            said += "That is a spread as the paper speaks of: its claim is tried here."
+        told.append(f"<p>{escape(said)}</p>")
+    return "".join(told)
+
+
+def branches_drawn(results: Results, found: dict[str, list]) -> Figure:
+    """The largest |weight| of every part of a block before fusing, and of the deployed kernel."""
+    shown = [row for row, ones in found.items() if parts_of(ones[0]["before"])] or list(found)
+    figure, axes = plt.subplots(len(shown), 1, figsize=(9, 2.3 * len(shown)), squeeze=False)
+    for axis, row in zip(axes[:, 0], shown, strict=True):
+        before = found[row][0]["before"]
+        layers = list(dict.fromkeys(one["layer"] for one in before))
+        for part, look in looks(["", *parts_of(before), "sum"]).items():
+            there = [one for one in before if one["part"] == part]
+            at = [layers.index(one["layer"]) for one in there]
+            values = [[max(-one["weight_min"], one["weight_max"]) for one in there]]
+            if there:
+                line(axis, at, values, label=part or "no block", **look)
+        axis.set_yscale("log")
+        axis.set_title(f"{name(results, row)}: largest |weight|", fontsize="small", loc="left")
+        beside(axis)
+    blocks_of(axes[-1, 0], layers)
+    return finished(figure)
+
+
+def parts_of(before: list[dict]) -> list[str]:
+    """The names of branches in blocks that have several."""
+    names: dict[str, list[str]] = {}
+    for one in before:
+        if one["part"] not in ("", "sum"):
+            names.setdefault(one["layer"], []).append(one["part"])
+    return list(dict.fromkeys(n for parts in names.values() if len(parts) > 1 for n in parts))
+
+
 DRAWN: dict[str, Callable[[Results, dict], Shown]] = {
     "similarity": draw_similarity,
     "norm_slopes": draw_norm_slopes,
     "magnitudes": draw_magnitudes,
     "sparsity": draw_sparsity,
     "conversion": draw_conversion,
+    "quantization": draw_quantization,
 }
