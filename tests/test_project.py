@@ -221,7 +221,8 @@ def test_conda_installs_from_the_same_lock():
 
 def test_make_setup_installs_from_the_lock():
     recipe = (ROOT / "Makefile").read_text()
-    assert "install --quiet --disable-pip-version-check -r requirements.lock" in recipe
+    assert "install --quiet --disable-pip-version-check -r $(LOCK)" in recipe
+    assert "LOCK ?= requirements.hashes" in recipe
 
 
 def tracked() -> list[Path]:
