@@ -116,19 +116,21 @@ def test_an_audit_that_was_not_made_says_so(how, monkeypatch, capfd):
 # -- the wheel -----------------------------------------------------------------------------------
 def core() -> set[str]:
     """The distributions that a plain installation has: what the core needs, and they need."""
-    found, wanted = set(), [Requirement(text) for text in PROJECT["dependencies"]]
+    seen, wanted = set(), [Requirement(text) for text in PROJECT["dependencies"]]
     while wanted:
         one = wanted.pop()
-        marker = one.marker is None or any(one.marker.evaluate({"extra": e}) for e in one.extras)
-        if not (marker or one.marker.evaluate({"extra": ""})) or canonical(one.name) in found:
+        if (canonical(one.name), frozenset(one.extras)) in seen:
             continue
+        seen.add((canonical(one.name), frozenset(one.extras)))
         try:
-            needs = distribution(one.name).requires or []
+            needed = map(Requirement, distribution(one.name).requires or [])
         except PackageNotFoundError:  # of another platform
             continue
-        found.add(canonical(one.name))
-        wanted += map(Requirement, needs)
-    return found
+        for need in needed:
+            asked = ({"extra": extra} for extra in ("", *one.extras))
+            if need.marker is None or any(map(need.marker.evaluate, asked)):
+                wanted.append(need)
+    return {name for name, _ in seen}
 
 
 def linked(names: set[str], folder: Path) -> None:
