@@ -28,6 +28,7 @@ from replib.training.loader import cores
 from replib.training.loop import OutOfTime
 from replib.training.step import chosen
 
+AGAIN = 1  # seconds after which a cell is asked for again that another run trains
 GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
 _ticks = None  # set in each worker by its initializer
 
@@ -69,7 +70,8 @@ def start_worker(ticks, threads: int) -> None:
 def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dict) -> str:
     """In a worker: one cell, with options of `run_cell`.
 
-    "finished"; "late" where time ran out, "crowded" where the GPU's memory did: both go on later.
+    "finished"; "late" where time ran out, "crowded" where the GPU's memory did: both go on later;
+    "elsewhere" where another run of this store trains the cell, "there" where one has.
     """
     on_gpu = options["device"].startswith("cuda")
 
@@ -78,7 +80,12 @@ def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dic
         _ticks.put((planned.key, resumed or 1, time.monotonic(), memory))
 
     try:
-        run_cell(planned, cells, store, tick=tick, say=_ticks.put, **options)
+        with store.claimed(planned.key) as free:
+            if not free:
+                return "elsewhere"
+            if store.read(planned.key) and store.has_weights(planned.key):
+                return "there"
+            run_cell(planned, cells, store, tick=tick, say=_ticks.put, **options)
         return "finished"
     except OutOfTime:
         return "late"
@@ -174,6 +181,7 @@ def run_plan(
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}
     trained, stopped, begun = 0, 0, None
+    elsewhere: dict[str, float] = {}  # key -> when to ask again for a cell of another run
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
         desc=f"{title} {len(missing)} cells".strip(),
@@ -195,7 +203,8 @@ def run_plan(
                 # Submitted only when a worker is free, so that a budget can stop the rest.
                 limit = most if packing is None else packing.wanted
                 blocked = any(p in waiting or p in now_running for p in planned.parents.values())
-                if late or blocked or len(running) >= limit:
+                asked = time.monotonic() < elsewhere.get(key, 0.0)
+                if late or blocked or asked or len(running) >= limit:
                     continue
                 family = {k: plan.cells[k] for k in (key, *planned.parents.values())}
                 options = {
@@ -215,8 +224,10 @@ def run_plan(
                 first = urgency(missing, costs)
                 order = {key: (plan.turn.get(key, 0), -first[key]) for key in waiting}
                 waiting = {key: waiting[key] for key in sorted(waiting, key=order.get)}
-            if not running:
+            if not running and (late or not elsewhere):
                 break
+            if not running:
+                time.sleep(AGAIN / 4)
             done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
             for key, _epochs, now, memory in drain(ticks, bar):
                 if packing is not None and key in now_running and memory is not None:
@@ -227,6 +238,14 @@ def run_plan(
                 end, planned = future.result(), running.pop(future)
                 trained += end == "finished"
                 stopped += end == "late"
+                present += end == "there"
+                if end == "there":
+                    bar.update(planned.epochs)
+                if end == "elsewhere":
+                    if not elsewhere:
+                        bar.write("Another run trains cells of this table: they are waited for.")
+                    elsewhere[planned.key] = time.monotonic() + AGAIN
+                    waiting[planned.key] = planned
                 if end == "crowded":
                     if packing is None or len(now_running) == 1:
                         raise UserError(

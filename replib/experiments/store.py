@@ -3,6 +3,7 @@
     reports/runs/KEY/result.json      this machine's own evidence
     reports/runs/KEY/weights.ckpt     the selected weights, for cells that start from it
     reports/runs/KEY/checkpoint.ckpt  a run that was stopped, to go on from
+    reports/runs/KEY/claim            held by the process that trains the cell, gone with it
     reports/evidence/KEY.json         published evidence, committed
 
 Evidence is {"result", "result_sha256", "context"}: the result is bit-equal on the same CPU, the
@@ -17,11 +18,19 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from replib import parallel
 from replib.training import checkpoint
 from replib.training.checkpoint import BadCheckpoint, write_bytes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KEY_LENGTH = 16  # hexadecimal digits of SHA-256 in names of files and folders
 
@@ -125,9 +134,45 @@ class Store:
             print(problem, file=sys.stderr, flush=True)
         return weights is not None
 
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Hold a cell for this process; False where another one holds it.
+
+        The system's own lock: it ends with the process, however that ends. Where a file system has
+        none, or the system is Windows, two runs may train one cell; what they leave is the same.
+        """
+        path = self.folder(key) / "claim"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            free = locked(file)
+            if free and fcntl:  # then nobody is writing here
+                for half in path.parent.glob(".*.part"):
+                    half.unlink(missing_ok=True)
+            try:
+                yield free
+            finally:
+                if free and fcntl:
+                    path.unlink(missing_ok=True)
+
     def clean(self) -> None:
         """Forget this machine's runs; published evidence is never touched."""
         shutil.rmtree(self.runs, ignore_errors=True)
+
+
+def locked(file: IO) -> bool:
+    """Lock a file for this process; False where another process has, or has just removed it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_evidence(path: Path, key: str | None = None) -> dict | None:
