@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.block import Geometry
+from replib.foreign import in_one_line
 from replib.training.checkpoint import write_bytes
 
 FORMAT = "replib-model-1"
@@ -168,8 +169,7 @@ def load_model(path: str | Path, body: nn.Module | None = None) -> nn.Module:
             # Cloned, hence aligned: on a processor the rounding of a convolution depends on it.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a network: {reason}") from None
+        raise ValueError(f"{path} cannot be read as a network: {in_one_line(error)}") from None
     try:
         manifest = json.loads(metadata.get("manifest", "{}"))
         known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
@@ -182,10 +182,9 @@ def load_model(path: str | Path, body: nn.Module | None = None) -> nn.Module:
             raise ValueError("is damaged: its contents differ from their own hash")
         return rebuilt(manifest["tree"], "", tensors, body, {})
     except ValueError as error:
-        said = " ".join(str(error).removesuffix(".").split())
-        raise ValueError(f"{path} {said}.") from error
+        raise ValueError(f"{path} {in_one_line(error).removesuffix('.')}.") from error
     except Exception as error:  # of any class: the file may hold any description
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise ValueError(f"{path} describes a network of another version ({reason}).") from error
 
 

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -46,9 +47,16 @@ def unpickled(source: Path | bytes, allowed: Sequence = ()) -> object:
             refuse_bomb(file)
             with torch.serialization.safe_globals(list(allowed)):
                 return torch.load(file, weights_only=True, map_location="cpu")
+        except UnpicklingError:  # torch's own words advise to load it all the same
+            raise ValueError("it is damaged, or holds more than tensors and plain values") from None
         except Exception as error:  # whatever a foreign file provokes
-            said = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise ValueError(said) from None
+            raise ValueError(in_one_line(error)) from None
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says of a foreign file, in its first line; its class where it says nothing."""
+    said = next(iter(str(error).splitlines()), "")[:300]
+    return "".join(c if c.isprintable() else "?" for c in said).strip() or type(error).__name__
 
 
 def refuse_bomb(file: io.BufferedIOBase) -> None:

@@ -155,9 +155,9 @@ def read_state(source: str | Path | Mapping) -> State:
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"a checkpoint must be a dictionary of tensors, not {type(state)}.")
     if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"a checkpoint must hold tensors only; these are none: {other}.")
+        raise ValueError(f"a checkpoint must hold tensors only; these are none: {other[:9]}.")
     if other := [key for key in state if not isinstance(key, str)]:
-        raise ValueError(f"a checkpoint must name its tensors; these are no names: {other}.")
+        raise ValueError(f"a checkpoint must name its tensors; these are no names: {other[:9]}.")
     if not isinstance(source, Mapping):
         refuse_claims(state)
     return {key.removeprefix("module."): value for key, value in state.items()}

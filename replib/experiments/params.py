@@ -77,8 +77,8 @@ def check_options(key: str, given: dict[str, Any] | None) -> None:
                     f"{key}.{name} (={short(value)}) must be a finite number, a text, true or "
                     "false, or a list of these"
                 )
-            number = isinstance(one, int | float)
-            if abs(one) > LARGEST if number else len(one) > LARGEST or several * len(value) > 64:
+            size = len(one) if isinstance(one, str) else abs(one)
+            if size > LARGEST or (several and len(value) > 64):
                 raise ValueError(
                     f"{key}.{name} (={short(value)}) must be at most {LARGEST}, or a list of at "
                     "most 64 such values"

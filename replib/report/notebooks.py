@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from replib.errors import UserError
 from replib.experiments.params import apply_settings
 from replib.experiments.store import home
-from replib.foreign import json_of
+from replib.foreign import in_one_line, json_of
 from replib.report.results import profiles
 
 GENERIC = "table"  # the notebook of every table that has none of its own name
@@ -72,12 +72,6 @@ def parameters(name: str) -> dict:
         raise UserError(
             f"notebook {name}: its parameters must be lines NAME = LITERAL ({in_one_line(error)})."
         ) from None
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error says of a file, shortened; its class where it says nothing."""
-    said = "".join(c if c.isprintable() else " " for c in str(error))[:200]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def changed(name: str, settings: list[str]) -> dict:

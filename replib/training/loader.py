@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from replib.errors import UserError
+from replib.foreign import in_one_line
 
 AHEAD = 3  # batches that are being decoded, or wait: the bound of the memory that is shared
 WORTH = 16  # images that a process more is worth
@@ -288,8 +289,7 @@ def readable(file: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of any class: decoders are given whatever stands in a file
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} is not a readable image ({said}).") from None
+        raise UserError(f"{file} is not a readable image ({in_one_line(error)}).") from None
 
 
 @contextmanager
