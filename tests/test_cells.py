@@ -131,9 +131,7 @@ def test_distillation_follows_the_real_teacher(ran, monkeypatch):
 
 def test_a_split_seed_gives_every_seed_the_same_images():
     def images(**given):
-        return [
-            split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)
-        ]
+        return [split_of(Cell.model_validate(CELL | {"seed": seed} | given)) for seed in (0, 1)]
 
     for protocol in ("clean", "paper"):
         one, two = images(split_seed=7, protocol=protocol)
@@ -176,6 +174,17 @@ def test_a_key_names_everything_that_a_result_depends_on(monkeypatch):
     assert len(keys) == 8 and versions_of(cell)["body:digits"] == 2
 
 
+FIRST = """
+    data data_dir image_size train_images held_out protocol seed body block phases epochs
+    batch_size learning_rate momentum nesterov weight_decay decay clip_norm clip
+    crop_padding flip next_start cycle distill start teacher
+"""
+
+
+def test_a_new_key_is_among_those_that_change_no_older_key():
+    assert set(Cell.model_fields) - ADDED == set(FIRST.split()), "a new key goes into ADDED"
+
+
 def test_a_new_key_at_its_default_changes_no_key():
     """Cells that were trained before a key existed keep theirs; where it is set it counts."""
     cell = Cell.model_validate(CELL | {"seed": 0, "crop_padding": 2})
@@ -198,7 +207,7 @@ def test_a_new_key_at_its_default_changes_no_key():
                    block_options={"identity": False}, plain_sizes=[1],
                    resrep=ResRepParams(target=0.5), narrow=NarrowParams(target=0.5, rule="uniform"),
                    search=True, repopt=RepOptParams(), scales="a" * 64,
-                   body_options={"depths": [1]}, receptive_field=32)  # fmt: skip
+                   body_options={"depths": [1]}, receptive_field=32, split_seed=1)  # fmt: skip
     cycles = dict(blocks=["stages.0.*"], calibrate=True)
     assert changes.keys() | {f"cycle.{name}" for name in cycles} == ADDED
     keys = {key_of(cell.model_copy(update={k: v}), "d") for k, v in changes.items()}

@@ -475,7 +475,7 @@ ADDED = {
     "warmup_counts", "late_steps", "optimizer", "betas", "epsilon", "carry_momentum", "bias_rate",
     "ema", "teacher_mean", "teacher_deviation", "block_options", "plain_sizes",
     "initialisation", "dyrep", "resrep", "narrow", "search", "repopt", "scales",
-    "views", "body_options", "receptive_field",
+    "views", "body_options", "receptive_field", "split_seed",
 }  # fmt: skip
 
 

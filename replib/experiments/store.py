@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from replib import parallel
+from replib.foreign import json_of
 from replib.training import checkpoint
 from replib.training.checkpoint import BadCheckpoint, write_bytes
 
@@ -178,7 +179,7 @@ def locked(file: IO) -> bool:
 def read_evidence(path: Path, key: str | None = None) -> dict | None:
     """An evidence file, checked: whole, its hash right, of the cell `key`; else None."""
     try:
-        evidence = json.loads(path.read_bytes())
+        evidence = json_of(path)
         result = evidence["result"]
         right = sha256(result) == evidence["result_sha256"] and "context" in evidence
         return evidence if right and key in (None, result["key"]) else None
