@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision  # noqa: F401 - its libraries are loaded before anything is watched
 import yaml
 from conftest import CONTEXT, ROOT, TINY, whole
 from hypothesis import HealthCheck, given, settings
