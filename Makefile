@@ -2,13 +2,15 @@
 PYTHON ?= python3
 PROFILE ?= quick
 SET ?=
+LOCK ?= requirements.hashes
 BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 export REPLIB_EXECUTOR := $(value EXECUTOR)
 export REPLIB_SLURM := $(value SLURM)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu latency lab test test-all test-slurm check clean
+.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu latency lab test test-all \
+	test-slurm test-faults fuzz test-wheel check hashes licences clean
 
 ## help                 this list
 help:
@@ -80,17 +82,41 @@ test-all: .venv/ready
 test-slurm: .venv/ready
 	REPLIB_TEST_SLURM=1 $(BIN)/python -m pytest -q -rs tests/test_slurm.py
 
-## check                formatting and lint
+## test-faults          kills, full disks, damaged files, two runs at once: 10 minutes
+test-faults: .venv/ready
+	REPLIB_KILLS=50 $(BIN)/python -m pytest -q -n 0 -m faults
+
+## fuzz                 10,000 hostile inputs of every kind: params, notebooks, checkpoints, ...
+fuzz: .venv/ready
+	REPLIB_FUZZ=10000 $(BIN)/python -m pytest -q -n auto -m fuzz
+
+## test-wheel           build the wheel, install it without the notebooks' packages, train with it
+test-wheel: .venv/ready
+	REPLIB_INDEX=1 $(BIN)/python -m pytest -q -n 0 tests/test_supply.py -k wheel
+
+## check                formatting, lint, known vulnerabilities of what is locked
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@$(BIN)/python .ci/audit.py
 
-## setup                the environment in .venv (done by the others when needed)
+## hashes               requirements.hashes: the lock with the hash of every file; wants uv
+hashes:
+	@command -v uv >/dev/null || { echo 'uv is not here: pip install uv' >&2; exit 2; }
+	uv pip compile --quiet --no-deps --generate-hashes --universal --python-version 3.12 \
+		--no-annotate --no-header --output-file requirements.hashes requirements.lock
+
+## licences             docs/licences.md: the licences of what is locked
+licences: .venv/ready
+	$(BIN)/python .ci/licences.py
+
+## setup                the environment in .venv (done by the others when needed), every file checked
+##                      by its hash; LOCK=requirements.lock takes what an index has built itself
 setup: .venv/ready
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; say which with PYTHON=/path/to/python3.")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 

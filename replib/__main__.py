@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -459,13 +458,19 @@ def reports(arguments: argparse.Namespace) -> None:
 
 def evidence(arguments: argparse.Namespace) -> None:
     from replib.experiments import queue
+    from replib.experiments.evidence import key_problem, problem
     from replib.experiments.store import Store, compact, read_evidence, sha256
+    from replib.foreign import json_of
     from replib.training.checkpoint import write_bytes
 
     store = Store()
     if arguments.action == "check":
         files = arguments.files or sorted(store.published.glob("*.json"))
-        bad = [str(f) for f in files if (e := read_evidence(f)) is None or not_named(f, e)]
+        bad = [
+            str(f)
+            for f in files
+            if (e := read_evidence(f)) is None or not_named(f, e) or problem(e)
+        ]
         if bad:
             raise UserError(f"{len(bad)} of {len(files)} evidence files are damaged: {bad[0]}")
         print(f"{len(files)} evidence files are whole.")
@@ -474,16 +479,19 @@ def evidence(arguments: argparse.Namespace) -> None:
         raise UserError("evidence add: name at least one file that `run --out` wrote.")
     for path in arguments.files:
         try:
-            found = json.loads(path.read_bytes())["evidence"]
+            found = json_of(path)["evidence"]
             right = all(e["result_sha256"] == sha256(e["result"]) for e in found)
             keys = [str(e["result"]["key"]) for e in found if "context" in e]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is no bundle of evidence ({error!r}).") from None
+            said = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(f"{path} is no bundle of evidence ({said}).") from None
         if not right or len(keys) < len(found):
             raise UserError(f"{path}: a result does not match its hash; nothing was taken.")
         for key in keys:
             if not re.fullmatch(r"[0-9a-f]{64}", key):
                 raise UserError(f"{path}: key (={key!r}) is not one of a cell; nothing was taken.")
+        if problems := [said for one in found if (said := key_problem(one))]:
+            raise UserError(f"{path}: evidence of no cell ({problems[0]}); nothing was taken.")
         for one in found:
             write_bytes(store.published_path(one["result"]["key"]), compact(one))
         states = queue.take_states(path, store)

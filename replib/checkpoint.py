@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.block import Geometry
+from replib.foreign import in_one_line
 from replib.training.checkpoint import write_bytes
 
 FORMAT = "replib-model-1"
@@ -35,6 +36,7 @@ PACKAGES = (  # modules of other packages are not made from a file
 )
 RECORDS = ("conversion", "fusion")  # what was done to a network, noted on its root
 TORCH = "torch.nn.modules."  # made by their constructors, the others from their attributes
+ELSEWHERE = ("device", "dtype", "modules")  # arguments whose values are no part of a description
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -126,7 +128,7 @@ def constructed_from(module: nn.Module) -> dict:
     arguments = {}
     for name, parameter in inspect.signature(type(module)).parameters.items():
         plain = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if plain and name not in ("device", "dtype", "modules") and hasattr(module, name):
+        if plain and name not in ELSEWHERE and hasattr(module, name):
             value = getattr(module, name)
             if name == "bias":
                 value = value is not None and value is not False
@@ -159,23 +161,30 @@ def load_model(path: str | Path, body: nn.Module | None = None) -> nn.Module:
     paths; it is filled in place, and what else it holds is replaced by what the file holds.
     Raises: ValueError, in one line, for a file that is damaged, or that needs a `body`.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} cannot be read as a network: no such file")
     try:
         with safe_open(Path(path), "pt") as file:
             metadata = file.metadata() or {}
             # Cloned, hence aligned: on a processor the rounding of a convolution depends on it.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a network: {reason}") from None
-    manifest = json.loads(metadata.get("manifest", "{}"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has no manifest of {FORMAT}: it was not written by save_model.")
-    if manifest.pop("sha256", metadata.get("sha256")) != digest(manifest, tensors):
-        raise ValueError(f"{path} is damaged: its contents differ from their own hash.")
+        raise ValueError(f"{path} cannot be read as a network: {in_one_line(error)}") from None
     try:
+        manifest = json.loads(metadata.get("manifest", "{}"))
+        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} has no manifest of {FORMAT}: it was not written by save_model.")
+    try:
+        if manifest.pop("sha256", metadata.get("sha256")) != digest(manifest, tensors):
+            raise ValueError("is damaged: its contents differ from their own hash")
         return rebuilt(manifest["tree"], "", tensors, body, {})
-    except (AttributeError, ImportError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        raise ValueError(f"{path} {in_one_line(error).removesuffix('.')}.") from error
+    except Exception as error:  # of any class: the file may hold any description
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise ValueError(f"{path} describes a network of another version ({reason}).") from error
 
 
@@ -185,7 +194,7 @@ def rebuilt(
     """The module of a description."""
     if "same" in node:
         return made[node["same"]]
-    module = made[path] = bare(node, path, body)
+    module = bare(node, path, body, len(tensors))
     for kind, held in (("parameters", module._parameters), ("buffers", module._buffers)):
         held.clear()
         for key, value in node[kind].items():
@@ -199,26 +208,43 @@ def rebuilt(
         found = None if child is None else rebuilt(child, at(path, key), tensors, body, made)
         module._modules[key] = found
     module.training = node["training"]
+    made[path] = module  # now, not before: no module is inside itself
     return module
 
 
-def bare(node: dict, path: str, body: nn.Module | None) -> nn.Module:
-    """A module of the right class; its tensors and children are still to come."""
+def bare(node: dict, path: str, body: nn.Module | None, tensors: int) -> nn.Module:
+    """A module of the right class; its tensors and children are still to come.
+
+    tensors: how many the file has, the bound of what it may ask to be repeated.
+    """
     name = node["class"]
     if not known(name):
         found = None if body is None else dict(body.named_modules()).get(path)
         if found is None or class_name(type(found)) != name:
             where = path or "the network"
-            raise ValueError(f"{where} is a {name}: give load_model a `body` that has it there.")
+            said = "give load_model a `body` that has it there"
+            raise ValueError(f"needs more: {where} is a {name}: {said}")
         return found
     kind = class_of(name)
     if "arguments" in node:
+        arguments = {key: from_data(value) for key, value in node["arguments"].items()}
+        for key, value in arguments.items():
+            layers = key.endswith("layers") and isinstance(value, int) and value > tensors
+            if layers or key in ELSEWHERE or not name.startswith(TORCH):
+                raise ValueError(f"gives {name} the argument {key}, which files may not")
         with torch.device("meta"):
-            module = kind(**{key: from_data(value) for key, value in node["arguments"].items()})
+            module = kind(**arguments)
     else:
         module = kind.__new__(kind)
         nn.Module.__init__(module)
     own = node.get("attributes", {})  # torch's layers had none in older files
+    for key in own:
+        if (
+            key in OF_EVERY_MODULE
+            or key.startswith("__")
+            or inspect.isroutine(inspect.getattr_static(kind, key, None))
+        ):
+            raise ValueError(f"sets {key} of {name}, which files may not")
     vars(module).update({key: from_data(value) for key, value in own.items()})
     return module
 
@@ -229,14 +255,14 @@ def class_of(name: str) -> type[nn.Module]:
         family = name.removeprefix("block ")
         if family not in BLOCKS:
             raise ValueError(
-                f"the file has blocks of the family {family!r}, which is not known; one of your "
-                "own is read from its file first: --blocks FILE.py."
+                f"has blocks of the family {family!r}, which is not known; one of your own is read "
+                "from its file first: --blocks FILE.py."
             )
         return BLOCKS[family]
     module, _, attribute = name.partition(":")
     kind = getattr(importlib.import_module(module), attribute, None) if known(name) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"the file names {name!r}, which is not a module that files may name.")
+        raise ValueError(f"names {name!r}, which is not a module that files may name.")
     return kind
 
 

@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from replib.architectures import ARCHITECTURES, Architecture
 from replib.blocks import BLOCKS, RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.blocks.repvgg import RepVGG
+from replib.foreign import refuse_claims, unpickled
 from replib.models.layers import SqueezeExcite
 from replib.networks import outermost_blocks
 from replib.sources import SOURCES, Entry, Renames, Source
@@ -140,25 +140,26 @@ def fill(module: nn.Module, table: Mapping[str, Entry], state: State) -> nn.Modu
 def read_state(source: str | Path | Mapping) -> State:
     """The tensors of a checkpoint by name, whatever it is wrapped in.
 
-    Reads with weights_only; unwraps `model_state`, `state_dict` and `model`; strips `module.`.
+    Reads no code; unwraps `model_state`, `state_dict` and `model`; strips `module.`.
     Raises: ValueError for a file that is damaged or holds something else.
     """
     state = source
     if not isinstance(source, Mapping):
         try:
-            with torch.serialization.safe_globals(SETTINGS):
-                state = torch.load(Path(source), map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{source} cannot be read as a checkpoint: {reason}") from error
+            state = unpickled(Path(source), SETTINGS)
+        except ValueError as error:
+            raise ValueError(f"{source} cannot be read as a checkpoint: {error}") from None
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"a checkpoint must be a dictionary of tensors, not {type(state)}.")
-    other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ValueError(f"a checkpoint must hold tensors only; these are none: {other}.")
+    if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"a checkpoint must hold tensors only; these are none: {other[:9]}.")
+    if other := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"a checkpoint must name its tensors; these are no names: {other[:9]}.")
+    if not isinstance(source, Mapping):
+        refuse_claims(state)
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 

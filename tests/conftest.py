@@ -134,6 +134,24 @@ def shared_project(tmp_path_factory) -> Project:
     return made
 
 
+CONTEXT = {"commit": "", "device": "", "processor": "", "python": "", "libraries": {"torch": ""},
+           "wall_seconds": 1.0}  # fmt: skip
+
+
+def whole(result: dict) -> dict:
+    """A result with all that evidence must hold; what is given stands in it."""
+    made = {
+        "parameters": {}, "versions": {}, "images": {"train": 1, "held_out": 1},
+        "history": {"train_loss": [0.5], "test_accuracy": [0.5]}, "restarts": {}, "kept_blocks": {},
+        "data": {"name": "digits", "digest": "", "test_images": 1},
+        "final": {"last": 0.5, "selected": 0.5, "selected_by": "last", "selected_epoch": 0},
+        "deployed": {"test_accuracy": 0.5, "parameters": 1, "flops": 1},
+        "compute": {"epochs": 1, "training_flops": 1, "teacher_flops": 0},
+    }  # fmt: skip
+    both = made.keys() & result.keys()
+    return made | result | {name: made[name] | result[name] for name in both}
+
+
 @pytest.fixture
 def one_thread():
     """Sums in one order, so that runs are equal to the bit."""

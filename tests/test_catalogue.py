@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import CONTEXT, ROOT, TINY, whole
 from test_report import offline
 
 from replib.__main__ import main
@@ -274,7 +274,7 @@ class Mini:
                 result = {"key": start, "parameters": cell.in_key, "versions": versions_of(cell)}
                 result["data"] = {"name": "cifar10", "digest": digest}
                 result["deployed"] = {"test_accuracy": accuracy / 100}
-                self.store.write(start, result, {})
+                self.store.write(start, whole(result), CONTEXT)
 
     def standing(self, item: str):
         return Standings().all()[f"x/{item}"]
@@ -359,7 +359,7 @@ def test_rows_with_a_parent_from_elsewhere_are_found(mini):
         key = key_of(cell, digest + str(versions))
         result = {"key": key, "parameters": cell.in_key, "versions": versions}
         result |= {"data": {"name": "cifar10", "digest": digest}}
-        mini.store.write(key, result | {"deployed": {"test_accuracy": 0.5}}, {})
+        mini.store.write(key, whole(result), CONTEXT)
         found = Recorded("mini", "tiny", Evidence(mini.store)).accuracies("distilled")
         assert found == ({0: 50} if versions == versions_of(cell) else {})
 

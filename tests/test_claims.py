@@ -51,6 +51,17 @@ def test_one_of_many_gets_it(tmp_path):
         assert last(folder) == (-1, None) and not list(folder.iterdir())
 
 
+def test_what_a_killed_holder_left_half_written_goes(tmp_path):
+    by_another(tmp_path, released=True)
+    half = tmp_path / ".result.json.1.part"
+    half.touch()
+    claim = Claims().take(tmp_path)
+    assert not half.exists()
+    half.touch()
+    assert Claims().take(tmp_path) is None and half.exists()  # the holder may be writing it
+    claim.release(finished=True)
+
+
 def test_what_is_given_back_is_taken_again(tmp_path):
     claim = Claims().take(tmp_path)
     assert Claims().take(tmp_path) is None

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import CONTEXT, ROOT, TINY, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,14 +252,16 @@ def test_cleaning_never_touches_published_evidence(how, store, tmp_path):
 # -- bundles from another machine ----------------------------------------------------------------
 def test_a_bundle_is_taken_in(project, capfd):
     store = Store()
-    store.write(KEY, RESULT, {})
+    result = whole({"parameters": {"seed": 0}, "data": {"digest": "d"}})
+    key = sha256({name: result[name] for name in ("parameters", "versions")} | {"data": "d"})
+    store.write(key, result | {"key": key}, CONTEXT)
     bundle = project.folder / "bundle.json"
-    bundle.write_bytes(compact({"evidence": [store.read(KEY)]}))
+    bundle.write_bytes(compact({"evidence": [store.read(key)]}))
     assert main(["evidence", "add", str(bundle)]) == 0
-    assert store.read(KEY, published=True) == store.read(KEY)
+    assert store.read(key, published=True) == store.read(key)
     assert main(["evidence", "check"]) == 0
     assert "1 evidence files are whole" in capfd.readouterr().out
-    store.published_path(KEY).rename(store.published_path(OTHER))
+    store.published_path(key).rename(store.published_path(OTHER))
     assert main(["evidence", "check"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
 
@@ -281,6 +283,10 @@ BAD_BUNDLES = {
     "a short key": compact({"evidence": [sealed({"key": "abc"})]}),
     "a key that climbs": compact(
         {"evidence": [sealed({"key": "../../../../evil".ljust(64, "a")})]}
+    ),
+    "no result": compact({"evidence": [sealed({"key": KEY})]}),
+    "of other parameters": compact(
+        {"evidence": [sealed(whole({"key": KEY})) | {"context": CONTEXT}]}
     ),
     "good, then bad": compact({"evidence": [sealed(RESULT), sealed({"key": "x"})]}),
 }

@@ -27,6 +27,7 @@ from replib.blocks import BLOCKS
 from replib.blocks.block import Geometry, RepBlock
 from replib.branches import Convolution, Norm
 from replib.errors import UserError
+from replib.foreign import json_of
 from replib.kernels import Kernel
 from replib.training.checkpoint import write_bytes
 
@@ -352,7 +353,7 @@ def write(path: Path, measurement: dict) -> None:
 def read(path: Path) -> dict:
     """What `write` wrote. Raises: UserError, in one line, for any other file."""
     try:
-        measurement = json.loads(path.read_bytes())
+        measurement = json_of(path)
         keys = {"family", "kernel_size", "seed", "precision", "way", "depth", "error", "largest"}
         if measurement["rows"] and all(row.keys() == keys for row in measurement["rows"]):
             return measurement

@@ -38,6 +38,7 @@ from replib.benchmark.subjects import LeftOut
 from replib.benchmark.targets import TARGETS, judged, profiled
 from replib.benchmark.timing import busy_seconds, own_seconds, rounded
 from replib.errors import UserError
+from replib.foreign import json_of
 from replib.training.checkpoint import write_bytes
 
 DONE, FAILED, LEFT_OUT, OUT_OF_TIME = "done", "failed", "left out", "out of time"
@@ -288,7 +289,7 @@ def write(path: Path, measurement: dict) -> None:
 def read(path: Path) -> dict:
     """What `write` wrote. Raises: UserError, in one line, for any other file."""
     try:
-        measurement = json.loads(path.read_bytes())
+        measurement = json_of(path)
         entries = measurement["cases"].values()
         if {"context", "settings"} <= measurement.keys() and all("code" in e for e in entries):
             return measurement

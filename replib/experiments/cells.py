@@ -397,7 +397,7 @@ def searched(planned: Planned, plan_cells: dict[str, Planned], store: Store) -> 
     elif path is not None:
         try:
             state = state_of(located(path), cell.body, network)
-        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+        except Exception as error:  # whatever a foreign file provokes
             said = " ".join(str(error).split())
             raise UserError(f"scales (={path!r}) cannot be read: {said[:300]}") from None
     elif cell.scales is not None:
@@ -428,7 +428,7 @@ def load_start(model: nn.Module, cell: Cell, path: str) -> None:
             return
         state = state_of(located(path), cell.body, model)
         fill(model, state, classes=len(dataset(cell).classes))
-    except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+    except Exception as error:  # whatever a foreign file provokes
         text = " ".join(str(error).split())
         raise UserError(
             f"start (={path!r}) is no checkpoint of {cell.body}: {text[:300]}"

@@ -145,6 +145,8 @@ class Claims:
         if last(folder)[0] != claim.number:
             return None  # another one, that listed the folder later, was quicker by a number
         self.seen.pop(folder, None)
+        for half in folder.glob(".*.part"):  # what a holder that was killed was writing
+            half.unlink(missing_ok=True)
         claim.thread.start()
         return claim
 

@@ -237,8 +237,8 @@ def run_plan(
                     continue
                 claim = claims.take(store.folder(key))
                 if claim is None:
-                    if key not in asked:
-                        bar.write(f"cell {key[:16]}: another process trains it", file=sys.stderr)
+                    if not asked:
+                        bar.write("Another run trains cells of this table: they are waited for.")
                     asked[key] = time.monotonic()
                     continue
                 if finished_since(key, store):

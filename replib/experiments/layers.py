@@ -6,7 +6,6 @@ of scores for all cells, and a notebook of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from replib.analysis import layer_scores
 from replib.experiments.cells import Cell, Plan, columns, dataset, split_of, trained_model
 from replib.experiments.measurements import cells_of, path_of, weighed, write
 from replib.experiments.store import Store, home
+from replib.foreign import json_of
 from replib.training import loader
 from replib.training.evaluation import Normalise
 
@@ -90,7 +90,7 @@ def published(table: str, profile: str, plan: Plan, rows: list[str], store: Stor
 def read(path: Path) -> dict | None:
     """What was written there; None for no file, or any other one."""
     try:
-        measurement = json.loads(path.read_bytes())
+        measurement = json_of(path)
         right = measurement["cells"] and {"row", "seed", "block"} <= measurement["scores"].keys()
         return measurement if right and "version" in measurement["settings"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -26,6 +26,7 @@ from replib.analysis import kernel_statistics, similarity
 from replib.experiments.cells import Cell, Plan, calibration, dataset, trained_model
 from replib.experiments.params import Table
 from replib.experiments.store import Store, finite, home
+from replib.foreign import json_of
 from replib.fusing import deployed_copy, fuse
 from replib.training import loader
 from replib.training.checkpoint import write_bytes
@@ -103,7 +104,7 @@ def publish(store: Store, table: str, profile: str) -> Path | None:
 def read(path: Path) -> dict | None:
     """What was written there; None for no file, or any other one."""
     try:
-        measurement = json.loads(path.read_bytes())
+        measurement = json_of(path)
         right = measurement["cells"] and len(measurement["found"]) == len(measurement["cells"])
         return measurement if right and "version" in measurement["settings"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

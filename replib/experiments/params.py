@@ -23,6 +23,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     create_model,
     model_validator,
@@ -31,6 +32,7 @@ from torch import nn
 
 from replib.blocks import BLOCKS
 from replib.errors import UserError
+from replib.foreign import text_of
 from replib.methods import repoptimizers
 from replib.methods.cycle import FREEZE, RATE_SCHEDULES, RESTRUCTURE, Cycle
 from replib.methods.dyrep import CHOICES, FIDELITIES, SLOPE, DyRep
@@ -47,6 +49,7 @@ from replib.transfer import HEADS, METRICS, POOLING
 from replib.transfer.data import SCENES
 from replib.transfer.tasks import Scene
 
+LARGEST = 1024  # option of a block or a body: branches, layers, pixels, channels
 Positive = Annotated[int, Field(ge=1, le=10**6)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
 Pixels = Annotated[int, Field(ge=0, le=100)]
@@ -77,6 +80,26 @@ class Strict(BaseModel):
     """No unknown keys, no silent conversion, no infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def check_options(key: str, given: dict[str, Any] | None) -> None:
+    """Raises: ValueError for options of a block or a body that are no plain values, or so large
+    that the network could not be built in a lifetime."""
+    for name, value in (given or {}).items():
+        several = isinstance(value, list)
+        for one in value if several else [value]:
+            known = isinstance(one, bool | int | float | str)
+            if not known or (isinstance(one, float) and not math.isfinite(one)):
+                raise ValueError(
+                    f"{key}.{name} (={short(value)}) must be a finite number, a text, true or "
+                    "false, or a list of these"
+                )
+            size = len(one) if isinstance(one, str) else abs(one)
+            if size > LARGEST or (several and len(value) > 64):
+                raise ValueError(
+                    f"{key}.{name} (={short(value)}) must be at most {LARGEST}, or a list of at "
+                    "most 64 such values"
+                )
 
 
 class CycleParams(Strict):
@@ -304,14 +327,7 @@ class Cell(Strict):
         if (self.distill is None) != (self.teacher is None):
             raise ValueError("distill and teacher must be given together")
         for key in ("block_options", "body_options"):
-            for name, value in (getattr(self, key) or {}).items():
-                for one in value if isinstance(value, list) else [value]:
-                    known = isinstance(one, bool | int | float | str)
-                    if not known or (isinstance(one, float) and not math.isfinite(one)):
-                        raise ValueError(
-                            f"{key}.{name} (={short(value)}) must be a finite number, a text, "
-                            "true or false, or a list of these"
-                        )
+            check_options(key, getattr(self, key))
         mean, deviation = self.teacher_mean, self.teacher_deviation
         if (mean is None) != (deviation is None) or len(mean or ()) != len(deviation or ()):
             raise ValueError(
@@ -722,6 +738,13 @@ class Network(Strict):
     image_size: Positive  # FLOPs are those of an image of so many pixels a side
     classes: Positive = 1000
 
+    @model_validator(mode="after")
+    def options_are_plain(self):
+        """As of a cell."""
+        for key in ("block_options", "body_options"):
+            check_options(key, getattr(self, key))
+        return self
+
     @property
     def network(self) -> tuple:
         """As `Cell.network`."""
@@ -758,12 +781,13 @@ class Table(Strict):
     control: str  # the row that gains are taken over by default
     controls: dict[str, str] = {}  # and those of its variants
     variants: dict[str, Variant] | None = None
-    seeds: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1, max_length=1000)]
     cell: dict[str, Any]
     recipes: dict[str, dict[str, Any]] = {}
-    rows: Annotated[dict[str, Row], Field(min_length=1)]
+    rows: Annotated[dict[str, Row], Field(min_length=1, max_length=200)]
     networks: dict[str, Counted] = {}  # the paper's own, counted beside the rows that are trained
     measure: Literal[MEASURES] | None = None  # what the rows' weights are asked once they are there
+    _totals: dict[str, int] = PrivateAttr(default_factory=dict)  # asked again by every row above
 
     @model_validator(mode="after")
     def names_exist(self):
@@ -804,15 +828,19 @@ class Table(Strict):
     def ancestors(self, name: str) -> list[str]:
         """The rows that a row needs first, nearest last; refuses a circle."""
         order: list[str] = []
+        done: set[str] = set()  # a row that many others need is looked at once
 
         def visit(row: str, path: tuple[str, ...]) -> None:
             if row in path:
                 raise ValueError(f"rows: {' -> '.join((*path, row))} is a circle")
+            if row in done:
+                return
             spec = self.rows[row]
             for parent in (spec.start, spec.teacher, spec.scales, spec.as_long_as):
                 if parent in self.rows:
                     visit(parent, (*path, row))
-            if row != name and row not in order:
+            done.add(row)
+            if row != name:
                 order.append(row)
 
         visit(name, ())
@@ -835,10 +863,12 @@ class Table(Strict):
 
     def total_epochs(self, row: str) -> int:
         """Epochs of a row and of the rows it starts from."""
-        values = self.cell_of(row, self.seeds[0])
-        own = values.get("phases", 1) * values.get("epochs", 0)
-        start = self.rows[row].start
-        return own + (self.total_epochs(start) if start in self.rows else 0)
+        if row not in self._totals:
+            values = self.cell_of(row, self.seeds[0])
+            own = values.get("phases", 1) * values.get("epochs", 0)
+            start = self.rows[row].start
+            self._totals[row] = own + (self.total_epochs(start) if start in self.rows else 0)
+        return self._totals[row]
 
 
 def merged(base: dict, changes: dict) -> dict:
@@ -906,8 +936,8 @@ def read_profile(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path in seen:
         raise UserError(f"{path}: extends itself.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}).") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):

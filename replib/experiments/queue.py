@@ -18,6 +18,7 @@ from replib.errors import UserError
 from replib.experiments.cells import Plan, plan
 from replib.experiments.params import Strict, in_one_line, load_table, parse_yaml
 from replib.experiments.store import Store, home
+from replib.foreign import text_of
 from replib.training.checkpoint import write_bytes
 
 
@@ -51,8 +52,8 @@ class Queue(Strict):
 def read(path: Path) -> Queue:
     """A queue. Raises: UserError in one line."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--queue (={path}) cannot be read: {error}.") from None
     try:
         return Queue.model_validate(parse_yaml(text, str(path)))

@@ -3,6 +3,7 @@
     reports/runs/KEY/result.json      this machine's own evidence
     reports/runs/KEY/weights.ckpt     the selected weights, for cells that start from it
     reports/runs/KEY/checkpoint.ckpt  a run that was stopped, to go on from
+    reports/runs/KEY/claim.N          who trains the cell (replib.experiments.claims)
     reports/evidence/KEY.json         published evidence, committed
 
 Evidence is {"result", "result_sha256", "context"}: the result is bit-equal on the same CPU, the
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 from replib import parallel
+from replib.foreign import json_of
 from replib.training import checkpoint
 from replib.training.checkpoint import BadCheckpoint, write_bytes
 
@@ -133,7 +135,7 @@ class Store:
 def read_evidence(path: Path, key: str | None = None) -> dict | None:
     """An evidence file, checked: whole, its hash right, of the cell `key`; else None."""
     try:
-        evidence = json.loads(path.read_bytes())
+        evidence = json_of(path)
         result = evidence["result"]
         right = sha256(result) == evidence["result_sha256"] and "context" in evidence
         return evidence if right and key in (None, result["key"]) else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
+import warnings
 from fnmatch import fnmatch
 
 from replib.errors import UserError
 from replib.experiments.params import apply_settings
 from replib.experiments.store import home
+from replib.foreign import in_one_line, json_of
 from replib.report.results import profiles
 
 GENERIC = "table"  # the notebook of every table that has none of its own name
@@ -28,14 +29,19 @@ def proofs() -> list[str]:
 
 
 def cells(name: str, kind: str) -> list[tuple[list[str], str]]:
-    """(tags, source) of every cell of a kind, "code" or "markdown"."""
+    """(tags, source) of every cell of a kind, "code" or "markdown".
+
+    Raises: UserError for a file that is no notebook.
+    """
     path = home() / "notebooks" / f"{name}.ipynb"
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [
-        (cell["metadata"].get("tags", []), "".join(cell["source"]))
-        for cell in found
-        if cell["cell_type"] == kind
-    ]
+    try:
+        return [
+            (list(cell["metadata"].get("tags", [])), "".join(cell["source"]))
+            for cell in json_of(path)["cells"]
+            if cell["cell_type"] == kind
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no notebook ({in_one_line(error)}).") from None
 
 
 def title(name: str) -> str:
@@ -45,10 +51,27 @@ def title(name: str) -> str:
 
 
 def parameters(name: str) -> dict:
-    """The names and values of the cell tagged `parameters`."""
+    """The names and values of the cell tagged `parameters`, which is read and not run.
+
+    Raises: UserError where it holds anything but plain names and literals.
+    """
     tagged = [source for tags, source in cells(name, "code") if "parameters" in tags]
-    body = ast.parse("\n".join(tagged)).body
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in body}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a compiler finds odd in literals
+            body = ast.parse("\n".join(tagged)).body
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in body}
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise UserError(
+            f"notebook {name}: its parameters must be lines NAME = LITERAL ({in_one_line(error)})."
+        ) from None
 
 
 def changed(name: str, settings: list[str]) -> dict:

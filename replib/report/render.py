@@ -25,6 +25,7 @@ from replib.report.standing import Evidence, Recorded
 from replib.training.checkpoint import write_bytes
 
 PAGES = 5  # that a further process must have to make, to be worth its start
+SILENT = logging.NullHandler()
 WORKERS = 4  # processes at most: each holds a network or two of full size
 
 
@@ -76,6 +77,7 @@ def execute(name: str, parameters: dict, copy: str, here: bool = False) -> Path:
         from replib.report.in_process import NAME as engine
     out = home() / "reports" / "runs" / "notebooks" / f"{copy}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").addHandler(SILENT)  # what ends a run is told below, in one line
     environment = os.environ.copy()
     os.environ["REPLIB_HOME"] = str(home())
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")

@@ -14,6 +14,7 @@ from replib.analysis.statistics import Estimate, estimate, paired_gain, statemen
 from replib.errors import UserError
 from replib.experiments import measurements
 from replib.experiments.cells import Plan, plan, versions_of
+from replib.experiments.evidence import problem
 from replib.experiments.executor import Outcome, device_here, run_plan
 from replib.experiments.params import Cell, Counted, Row, Table, load_table
 from replib.experiments.store import Store, canonical, home, read_evidence
@@ -104,7 +105,7 @@ class Results:
 
     def read(self, published: bool) -> dict[str, dict]:
         found = {key: self.store.read(key, published) for key in self.plan.cells}
-        return {key: evidence for key, evidence in found.items() if evidence is not None}
+        return {key: one for key, one in found.items() if one is not None and not problem(one)}
 
     @cached_property
     def stale(self) -> list[Path]:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, key_of, versions_of
+from replib.experiments.evidence import problem
 from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store, home, read_evidence
 from replib.report.catalogue import KINDS, Item, catalogue, item_of
@@ -88,7 +89,7 @@ class Evidence:
 def by_key(paths: Iterable[Path]) -> dict[str, dict]:
     """key -> evidence."""
     found = (read_evidence(path) for path in sorted(paths))
-    return {e["result"]["key"]: e for e in found if e is not None}
+    return {e["result"]["key"]: e for e in found if e is not None and not problem(e)}
 
 
 def data_of(values: dict) -> tuple:

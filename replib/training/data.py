@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from replib.errors import UserError
-from replib.training.loader import Folder, batches, cores, readable
+from replib.foreign import text_of
+from replib.training.loader import Folder, batches, cores, header, readable
 
 DATA = {
     "digits": "scikit-learn's bundled handwritten digits, 8x8; nothing to download",
@@ -301,6 +302,7 @@ def listing(root: Path) -> dict[str, list[str]]:
         with os.scandir(folder) as entries:  # a Path for each of a million files takes seconds
             names = sorted(e.name for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES))
         files = [f"{folder}{os.sep}{name}" for name in names]
+        refuse_odd(root, folder.name, *names)
         if len(files) < 2:
             raise UserError(
                 f"{folder} has {len(files)} image{'s' * (len(files) != 1)}: every class needs at "
@@ -315,19 +317,29 @@ def listing(root: Path) -> dict[str, list[str]]:
 def listed(annotations: Path) -> dict[str, list[str]]:
     """The image files of every class, of a text of lines NAME<tab>CLASS<tab>..."""
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = text_of(annotations).splitlines()
+    except ValueError as error:
+        raise UserError(f"{annotations} cannot be read as text ({error}).") from None
+    for number, line in enumerate(lines, start=1):
         name, tab, rest = line.partition("\t")
         if not tab or not name.lower().endswith(IMAGE_SUFFIXES) or Path(name).name != name:
             raise UserError(f"{annotations}: line {number} names no image and its class.")
-        found.setdefault(rest.split("\t")[0], []).append(str(annotations.parent / "images" / name))
+        label = rest.split("\t")[0]
+        refuse_odd(annotations, name, label)
+        found.setdefault(label, []).append(str(annotations.parent / "images" / name))
     return {label: sorted(files) for label, files in sorted(found.items())}
+
+
+def refuse_odd(where: Path, *names: str) -> None:
+    """Raises: UserError for a name with a line break or the like, or that is not UTF-8."""
+    if odd := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{where}: the name {odd[0]!r} has characters that cannot be printed.")
 
 
 def natural_size(file: str) -> int:
     """The shorter side of an image."""
-    from PIL import Image
-
-    with readable(file), Image.open(file) as image:
+    with readable(file), header(file) as image:
         return min(image.size)
 
 
@@ -376,11 +388,10 @@ def surveyed(classes: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 def inspected(file: str) -> list[int]:
     """The 32 bytes of a file's SHA-256, the image's height and its width."""
-    from PIL import Image
-
     with readable(file):
-        content = Path(file).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with header(file):
+            content = Path(file).read_bytes()
+        with header(io.BytesIO(content)) as image:
             return [*hashlib.sha256(content).digest(), image.height, image.width]
 
 

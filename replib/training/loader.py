@@ -16,18 +16,21 @@ As the chunks are a list, a run that goes on in the middle of an epoch gives the
 from __future__ import annotations
 
 import gc
+import io
 import mmap
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import ceil, prod
 from pathlib import Path
 
@@ -36,9 +39,12 @@ import torch
 from torch import Tensor
 
 from replib.errors import UserError
+from replib.foreign import in_one_line
 
 AHEAD = 3  # batches that are being decoded, or wait: the bound of the memory that is shared
 WORTH = 2**22  # pixels of batches that a process more is worth
+MOST_PIXELS = 2**26  # of a file, and of what it is resized to: more is a bomb, no photograph
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # others start programs (EPS), or are seldom tested
 INTERPOLATIONS = ("bilinear", "bicubic")  # both averaging over the pixels they shrink
 
 
@@ -288,20 +294,46 @@ def cores() -> int:
 @contextmanager
 def readable(file: Path | str) -> Iterator[None]:
     """Whatever an image library raises for a bad file becomes one line."""
-    from PIL.Image import DecompressionBombError
-
     try:
         yield
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise UserError(f"{file} is not a readable image ({error}).") from None
+    except UserError:
+        raise
+    except Exception as error:  # of any class: decoders are given whatever stands in a file
+        raise UserError(f"{file} is not a readable image ({in_one_line(error)}).") from None
+
+
+@contextmanager
+def header(source: Path | str | io.BytesIO):
+    """A Pillow image of one of `FORMATS` and of a bounded size, not decoded yet. Raises: any error,
+    which `readable` makes one line of."""
+    from PIL import Image
+
+    if not isinstance(source, io.BytesIO) and not Path(source).is_file():
+        raise OSError("no regular file")  # a pipe would be waited for
+    quiet()
+    with Image.open(source, formats=FORMATS) as image:
+        bounded(*image.size)
+        yield image
+
+
+@lru_cache
+def quiet() -> None:
+    """Pillow says nothing of large images: ours are refused at a smaller size, by an error."""
+    from PIL.Image import DecompressionBombWarning
+
+    warnings.filterwarnings("ignore", category=DecompressionBombWarning)
+
+
+def bounded(width: int, height: int) -> None:
+    """Raises: ValueError for more pixels than an image may have."""
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
 
 
 @contextmanager
 def opened(file: Path | str):
     """A Pillow image in RGB. Raises: UserError."""
-    from PIL import Image
-
-    with readable(file), Image.open(file) as image:
+    with readable(file), header(file) as image:
         yield image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -317,6 +349,7 @@ def decode(file: Path | str, size: int, resize: int | None = None) -> np.ndarray
         if image.size != (size, size) or shorter != size:
             scale = shorter / min(image.size)
             width, height = (max(shorter, round(side * scale)) for side in image.size)
+            bounded(width, height)  # of a line of pixels it would be thousands of times its own
             left, top = (width - size) // 2, (height - size) // 2
             image = image.resize((width, height), Resampling.BICUBIC)
             image = image.crop((left, top, left + size, top + size))
