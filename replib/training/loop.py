@@ -33,7 +33,7 @@ from replib.fusing import deployed_copy, refill
 from replib.training import loader
 from replib.training.augmentation import Augmentation
 from replib.training.data import Dataset, derive
-from replib.training.evaluation import Normalise, Split, relative_jump, right
+from replib.training.evaluation import Normalise, Split, accuracy, relative_jump, right
 from replib.training.loader import Folder
 from replib.training.optimisation import Average, Schedule
 from replib.training.step import Step, adamw, parameters_of, set_rate, sgd
@@ -496,11 +496,11 @@ class Run:
             refill(self.deployed, model)  # with the current lambda
 
         def correct(split: Split, whole: int) -> float | None:
-            pause = self.pause if parallel.processes() == 1 else lambda: None
-            count = right(self.deployed, split, pause)
+            if parallel.processes() == 1 or not whole:
+                return accuracy(self.deployed, split, self.pause) if whole else None
+            count = right(self.deployed, split)  # without a pause: shares are not equally long
             parallel.add_up([count])
-            self.pause()
-            return count.item() / whole if whole else None
+            return count.item() / whole
 
         test = correct(self.test, len(task.data.test_labels))
         validation = correct(self.held_out, len(task.validation))
