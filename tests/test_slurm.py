@@ -182,15 +182,15 @@ def test_what_has_left_the_queue_unfinished_is_submitted_again(cluster):
 
 
 def test_one_head_submits_at_a_time(cluster, monkeypatch):
-    monkeypatch.setattr(slurm, "POLL", 0.01)
+    waits, wait = threading.Event(), threading.Event().wait
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: (waits.set(), wait(0.01)))
     made = table(FAMILY)
     claim = head_of(made).alone()
     second = threading.Thread(target=head_of(made).submit)
     second.start()
-    second.join(0.3)
-    assert second.is_alive() and not cluster.arrays
+    assert waits.wait(10) and not cluster.arrays
     claim.release(finished=True)
-    second.join(10)
+    second.join(30)
     assert not second.is_alive() and len(cluster.arrays) == 3
 
 

@@ -36,7 +36,7 @@ from replib.fusing import deployed_copy, refill
 from replib.training import loader
 from replib.training.augmentation import Augmentation
 from replib.training.data import Dataset, derive
-from replib.training.evaluation import Normalise, Split, relative_jump, right
+from replib.training.evaluation import Normalise, Split, accuracy, relative_jump, right
 from replib.training.loader import Folder
 from replib.training.optimisation import Average, Schedule
 from replib.training.step import Step, adamw, parameters_of, set_rate, sgd
@@ -507,14 +507,16 @@ class Run:
             refill(self.deployed, model)  # with the current lambda
 
         due = task.kind is None or task.kind.due(progress.epoch, task.recipe.epochs)
-        pause = self.pause if parallel.processes() == 1 else lambda: None
+        measure = accuracy if task.kind is None else task.kind.score
 
         def scored(split: Split, whole: int) -> float | None:
             if not (due and whole):
                 return None
+            if parallel.processes() == 1:
+                return measure(self.deployed, split, self.pause)
             if task.kind is not None:
-                return task.kind.score(self.deployed, split, pause)
-            count = right(self.deployed, split, pause)
+                return measure(self.deployed, split)
+            count = right(self.deployed, split)  # without a pause: shares are not equally long
             parallel.add_up([count])
             return count.item() / whole
 
