@@ -33,11 +33,11 @@ from replib.transfer.tasks import Boxes, Detection, Maps, Scene, Segmentation
 COUNTS = {"train": 12, "val": 6}
 DETECTION = dict(data="shapes-coco", image_size=96, image_resize=64, batch_size=4, epochs=1,
                  protocol="paper", learning_rate=0.01, momentum=0.9, flip=True, seed=0,
-                 body="resnet18", width=0.0625, clip_norm=10.0)  # fmt: skip
+                 body="resnet18", width=0.125, clip_norm=10.0)  # fmt: skip
 RETINA = DETECTION | {"transfer": dict(head="retinanet", channels=8, anchor=16)}
 FASTER = dict(head="faster_rcnn", channels=8, anchor=10, proposals=40)
 SEGMENTATION = dict(data="shapes-cityscapes", batch_size=4, epochs=1, protocol="paper", seed=0,
-                    learning_rate=0.01, momentum=0.9, flip=True, body="resnet18", width=0.0625,
+                    learning_rate=0.01, momentum=0.9, flip=True, body="resnet18", width=0.125,
                     drop_last=True)  # fmt: skip
 PSP = dict(head="pspnet", output_stride=8, auxiliary=0.4, crop=[32, 64], zoom=[0.75, 1.5])
 
@@ -526,7 +526,7 @@ def test_a_body_without_stages_is_no_backbone(tmp_path):
 # -- runs ------------------------------------------------------------------------------------------
 TABLE = dict(
     title="Transfer", question="q", method="m", proxy="p", control="plain", seeds=[0],
-    cell=dict(data="digits", body="resnet18", width=0.0625, block="dbb"),
+    cell=dict(data="digits", body="resnet18", width=0.125, block="dbb"),
     recipes={
         "classes": dict(data="shapes", train_images=40, held_out=10, batch_size=10, epochs=1,
                         learning_rate=0.01),
@@ -566,7 +566,7 @@ def test_a_table_of_both_tasks_is_trained_and_shown(small, tmp_path, monkeypatch
         shown = page.summary().data
         assert "mAP or mIoU, %" in shown and "accuracy, %" not in shown
         assert "pixel accuracy, %" in page.further().data
-        assert "faster_rcnn on resnet18, width × 0.0625, dbb, fused" in page.costs().data
+        assert "faster_rcnn on resnet18, width × 0.125, dbb, fused" in page.costs().data
         assert not results.comparable
 
 

@@ -21,6 +21,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from replib.blocks import RepBlock
+from replib.errors import UserError
 from replib.fusing import deployed_copy
 from replib.networks import dilate
 from replib.transfer import HEADS
@@ -132,8 +133,18 @@ class OnBody(nn.Module):
         self.body.load_state_dict({name: state[name] for name in names if name in state})
 
     def fuse_body(self) -> None:
-        """Make the body what is deployed of it, to be trained as such."""
+        """Make the body what is deployed of it, to be trained as such.
+
+        Raises: UserError for a body so narrow that a processor cannot train it.
+        """
         fused = deployed_copy(self.body.eval())
+        for conv in (m for m in fused.modules() if isinstance(m, nn.Conv2d)):
+            if max(conv.kernel_size) == 1 < max(conv.stride) and conv.in_channels < 8:
+                # See replib.branches.Convolution.run: its backward pass may end the process.
+                raise UserError(
+                    f"transfer.fused (=true): a strided 1x1 convolution of {conv.in_channels} "
+                    "channels cannot be trained on a processor: set width so that it has 8."
+                )
         for name, stage in fused.items():
             self.body[name] = stage.requires_grad_(name not in self.frozen)
         self.train(self.training)
