@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REPLIB_SET := $(value SET)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce list reports proofs figure bench bench-gpu lab test test-all check clean
+.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu lab test test-all check clean
 
 ## help                 this list
 help:
@@ -21,6 +21,12 @@ reproduce-%: .venv/ready
 reproduce: .venv/ready
 	@$(if $(TABLES),,echo 'TABLES is empty: say which, as TABLES="table2 table3"; make list has them.' >&2; exit 2)
 	@$(BIN)/python -m replib reproduce $(TABLES) --profile '$(PROFILE)'
+
+## weights              the trained networks of a table as files, in weights/: [TABLE=table2]
+##                      [PROFILE=quick] [SET=...]; trains what is missing
+TABLE ?= table2
+weights: .venv/ready
+	@$(BIN)/python -m replib weights '$(TABLE)' --profile '$(PROFILE)'
 
 ## list                 every table and figure of the papers: status, command; profiles
 list: .venv/ready

@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint-seconds", type=float, default=15, help="at most so much is done twice"
     )
     run.add_argument("--out", type=Path, help="also write the evidence of this table to one file")
+    weights = table_command(
+        "weights", "write the trained networks of a table as files; train what is missing"
+    )
+    weights.add_argument("--out", type=Path, help="a folder (default: weights/TABLE-PROFILE)")
+    weights.add_argument("--workers", type=int, help="worker processes (default: all cores)")
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     figure = table_command("figure", "draw the gains from the published evidence as a PNG")
     figure.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -239,6 +244,13 @@ def write_bundle(path: Path, evidence: list[dict], compact) -> None:
     write_bytes(path, compact({"evidence": evidence}))
 
 
+def settings_of(arguments: argparse.Namespace) -> list[str]:
+    """Those of --set, and `make`'s SET, one text: key=value after key=value, values may hold
+    spaces."""
+    text = os.environ.get("REPLIB_SET", "").strip()
+    return arguments.set + (re.split(r"\s+(?=[\w.]+=)", text) if text else [])
+
+
 def reproduce(arguments: argparse.Namespace) -> None:
     from replib.report.render import reproduce, reproduce_all
 
@@ -251,10 +263,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     ):
         if value is not None:
             os.environ[name] = str(value)
-    # `make` hands its SET over as one text: key=value after key=value, values may hold spaces.
-    text = os.environ.get("REPLIB_SET", "").strip()
-    settings = re.split(r"\s+(?=[\w.]+=)", text) if text else []
-    settings = arguments.set + settings
+    settings = settings_of(arguments)
     if arguments.more:
         names = list(dict.fromkeys([arguments.table, *arguments.more]))
         options = {"workers": workers, "budget_seconds": budget}
@@ -264,6 +273,22 @@ def reproduce(arguments: argparse.Namespace) -> None:
         return
     page = reproduce(arguments.table, arguments.profile, settings)
     print(f"The report: {page}")
+
+
+def weights(arguments: argparse.Namespace) -> None:
+    from replib.experiments import model_files
+    from replib.experiments.store import home
+    from replib.report.results import Results
+
+    workers = positive("--workers", arguments.workers)
+    results = Results(arguments.table, arguments.profile, settings_of(arguments))
+    results.plan.weights.update(results.plan.by_row.values())
+    results.train(workers=workers)
+    folder = arguments.out or home() / "weights" / f"{results.id}-{results.profile}"
+    found = model_files.write_networks(results.plan, results.store, folder)
+    print(f"{found.total()} networks in {folder}; SHA256SUMS and models.json say what they are.")
+    for standing, count in sorted(found.items()):
+        print(f"  {count} {model_files.SAID[standing]}")
 
 
 def publish(arguments: argparse.Namespace) -> None:
@@ -451,6 +476,7 @@ COMMANDS = {
     "run": run,
     "reproduce": reproduce,
     "publish": publish,
+    "weights": weights,
     "figure": figure,
     "list": list_tables,
     "proofs": proofs,

@@ -31,7 +31,7 @@ from replib.experiments.params import (
     short,
 )
 from replib.experiments.store import Store, home, sha256
-from replib.experiments.weights import file_digest, fill, located, state_of
+from replib.experiments.weights import file_digest, fill, located, state_of, weights_digest
 from replib.fusing import deployed_copy, fuse
 from replib.methods import cycle, distill, dyrep, repoptimizers, resrep
 from replib.models import BODY_VERSIONS
@@ -564,11 +564,12 @@ def run_cell(
         result["pruning"] = pruning
     if cell.receptive_field is not None:
         result["receptive_field"] = field_report(cell, model, data, device)
-    how = {}
+    # In the context, not in the result: results of before are to stay equal to the bit.
+    how = {"weights_sha256": weights_digest(best["model"])}
     if teacher is not None:
         result["teacher"] = teacher_report(planned, plan_cells, teacher, test)
         known = "asked at every step" if task.known is None else "computed once"
-        how = {"teacher": {"logits": known, "flops": teacher_flops * asked}}
+        how["teacher"] = {"logits": known, "flops": teacher_flops * asked}
     store.save(key, "weights", best)
     seconds = spent + time.monotonic() - started
     store.write(key, result, context(device, seconds, cell.precision, task.compile) | how)

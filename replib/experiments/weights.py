@@ -1,10 +1,11 @@
-"""Files of weights that a user names: which file it is, and into a network of ours."""
+"""Weights: files that a user names, into a network of ours; those of cells, as files for a user."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from replib import official
@@ -33,6 +34,20 @@ def file_digest(path: str, role: str = "start", text: str | None = None) -> str:
             f"{role} (={text or path!r}) is neither a row of this table, nor the key of a cell, "
             f"nor a file that can be read ({getattr(error, 'strerror', error)})."
         ) from None
+
+
+def weights_digest(state: State) -> str:
+    """SHA-256 of named tensors: names, types, shapes and values, in the order of the names.
+
+    It stands in the evidence of a cell. Unlike a hash of a file it stays when the format of the
+    file, or the code around the network, changes.
+    """
+    value = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        value.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        value.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return value.hexdigest()
 
 
 def state_of(path: str | Path, body: str, model: nn.Module) -> State:
