@@ -16,7 +16,7 @@ stay in float32. Observers, rounding and the graph are torchao's (pt2e).
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018; for merged networks, Ding et al., "Re-parameterizing
-Your Optimizers rather than Architectures", ICLR 2023, section 4.4.
+Your Optimizers rather than Architectures", ICLR 2023, tables 8 and 10.
 """
 
 from __future__ import annotations
