@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import CONTEXT, ROOT, whole
 
 from replib.analysis.statistics import estimate
 from replib.experiments.params import Cell, load_table
@@ -52,6 +52,7 @@ def plant(results: Results, rows=tuple(TEST), rule="validation") -> None:
                 "phase": [i // epochs for i in range(phases * epochs)],
                 "epoch": [i % epochs for i in range(phases * epochs)],
                 "test_accuracy": [value / 100 for value in TEST[row][seed]],
+                "train_loss": [0.5] * len(TEST[row][seed]),
                 "validation_accuracy": [value / 100 for value in VALIDATION[row][seed]],
             }
             jumps = [value * (1 + seed) for value in JUMPS.get(row, [])]
@@ -69,7 +70,7 @@ def plant(results: Results, rows=tuple(TEST), rule="validation") -> None:
                 "restarts": restarts if jumps else {},
                 "final": {"selected_by": rule},
             }
-            results.store.write(key, result, {"wall_seconds": 1.0})
+            results.store.write(key, whole(result), CONTEXT)
 
 
 @pytest.fixture

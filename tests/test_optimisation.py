@@ -716,7 +716,7 @@ CELL = dict(data="digits", train_images=60, held_out=20, seed=0, body="digits", 
             batch_size=20, learning_rate=0.1)  # fmt: skip
 WARM = dict(rate_per="step", warmup_epochs=2)
 WRONG = {
-    "schedule (='linear')": (dict(schedule="linear"), ["'cosine' or 'steps'"]),
+    "schedule (='linear')": (dict(schedule="linear"), ["'cosine', 'steps' or 'poly'"]),
     "rate_per": (dict(rate_per="batch"), ["'epoch' or 'step'"]),
     "decay": (dict(decay="some"), ["'not_depthwise'"]),
     "optimizer": (dict(optimizer="adam"), ["'sgd' or 'adamw'"]),

@@ -30,6 +30,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "fusing": {"networks", "blocks"},
     "verification": {"fusing", "networks", "blocks"},
     "export": {"verification", "fusing", "networks"},
+    "quantization": {"networks", "blocks"},
     "models": {"blocks"},
     "sources": {"blocks", "branches", "kernels"},
     "architectures": {"sources", "models"},
@@ -47,7 +48,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     },
     "experiments": {
         "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
-        "blocks", "parallel", "narrowing", "transfer",
+        "blocks", "parallel", "narrowing", "transfer", "quantization",
     },
     "benchmark": {
         "analysis", "export", "verification", "training", "methods", "official", "models",

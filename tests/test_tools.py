@@ -497,7 +497,7 @@ def test_data_without_classes(what, network, project, capfd):
 
 
 BAD_OUTPUTS = {
-    "another suffix": (["out.onnx"], ["--out (='out.onnx')", ".safetensors or .pt2"]),
+    "another suffix": (["out.tflite"], ["--out (='out.tflite')", ".safetensors"]),
     "no suffix": (["out"], ["--out (='out')"]),
     "itself": (["net.safetensors"], ["--out (='net.safetensors') is the network itself"]),
     "a folder": (["folder.pt2"], ["is a folder"]),

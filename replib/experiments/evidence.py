@@ -43,10 +43,20 @@ class Final(Loose):
 
 
 class Deployed(Loose):
-    test_accuracy: Fraction
+    """Scores of the test split are named test_METRIC: test_accuracy, test_mAP, ..."""
+
     parameters: Count
     flops: Whole
     views: dict[str, Fraction] = {}
+
+    @model_validator(mode="after")
+    def is_scored(self):
+        scores = [value for name, value in self if name.startswith("test_")]
+        if not scores:
+            raise ValueError("there is no test_accuracy, nor another score of the test split")
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in scores):
+            raise ValueError("a score of the test split is no number between 0 and 1")
+        return self
 
 
 class Compute(Loose):
@@ -66,7 +76,7 @@ class Result(Loose):
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     parameters: dict[str, Any]
     data: Data
-    versions: dict[str, int]
+    versions: dict[str, int | Text]  # a file of one's own blocks has the hash of its contents
     images: Images
     history: dict[str, Column]
     restarts: dict[str, Column]
@@ -82,8 +92,10 @@ class Result(Loose):
         for name in ("history", "restarts"):
             if len({len(column) for column in getattr(self, name).values()}) > 1:
                 raise ValueError(f"the columns of {name} are of different lengths")
-        missing = {"train_loss", "test_accuracy"} - self.history.keys()
-        if missing or self.final.selected_epoch >= len(self.history["train_loss"]):
+        scored = any(name.startswith("test_") for name in self.history)
+        if not scored or "train_loss" not in self.history:
+            raise ValueError("history has no train_loss, or no score of the test split")
+        if self.final.selected_epoch >= len(self.history["train_loss"]):
             raise ValueError("history has not what final says")
         return self
 

@@ -115,7 +115,7 @@ class Scaling:
         style()
         figure, axis = plt.subplots(figsize=(7, 4.5))
         counts = [2**i for i in range(max(self.devices).bit_length() + 1)]
-        axis.plot(counts, counts, color="0.8", lw=1, label="as many times as devices")
+        axis.plot(counts, counts, color="#cccccc", lw=1, label="as many times as devices")
         for name, pieces in self.work.items():
             begun = self.started(pieces)
             alone = finished(begun, 1)
