@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,9 @@ class Project:
         path.write_text(text, encoding="utf-8")
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        """`python -m replib ARGUMENTS` in a process group of its own."""
+        """`python -m replib ARGUMENTS` in a process group of its own, which Ctrl-C reaches also
+        where the tests themselves run in the background and ignore it."""
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         return subprocess.Popen(
             [sys.executable, "-m", "replib", *arguments],
             env=self.environment,

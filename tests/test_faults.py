@@ -409,7 +409,8 @@ def test_interrupted_twice(command, project, undisturbed):
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == 130, error
+    # By the signal itself where it comes while Python ends: to a shell that is 130 too.
+    assert process.returncode in (130, -signal.SIGINT), error
     assert error == "replib: stopped; run the same command again to go on.\n"
     until(lambda: not alive(process.pid) and (kernel is None or not alive(kernel)))
     finish(project, undisturbed)

@@ -229,6 +229,10 @@ class Detector(OnBody):
         shift = int(self.retina)  # its classes have no background in front
         if targets is not None:
             targets = [target | {"labels": target["labels"] - shift} for target in targets]
+        if not self.retina:
+            # It keeps the scales of the first batch that it sees, and a run that goes on begins
+            # with another one: found anew for every batch, they are the same.
+            self.model.roi_heads.box_roi_pool.scales = None
         out = self.model(images, targets)
         if self.training:
             return out
