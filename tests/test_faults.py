@@ -22,6 +22,10 @@ from replib.__main__ import main
 from replib.blocks import RepBlock
 from replib.experiments.store import Store, canonical, read_evidence
 
+whole_only = pytest.mark.skipif(
+    "REPLIB_KILLS" not in os.environ, reason="half a minute each: make test-faults"
+)
+
 CELLS = 6
 RUN = ["run", "tiny9", "--profile", "tiny", "--checkpoint-seconds", "1e-9", "--device", "cpu"]
 KILLS = int(os.environ.get("REPLIB_KILLS", "2"))  # `make test-faults` asks for 50
@@ -264,6 +268,7 @@ def test_a_full_disk_and_one_that_may_not_be_written(project, undisturbed):
         whole_files(project, undisturbed, known)
 
 
+@whole_only
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_file_that_may_not_grow(project, undisturbed):
@@ -307,6 +312,7 @@ DAMAGES = {
 }
 
 
+@whole_only
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_bad_checkpoint_costs_time_only(project, in_process, undisturbed, capfd):
@@ -352,6 +358,7 @@ time.time_ns = lambda: int(back() * 1e9)
 """
 
 
+@whole_only
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_clock_that_is_set_back(project, undisturbed):
@@ -379,6 +386,7 @@ def kernel_of(pid: int) -> int | None:
     return int(kernels[0]) if kernels else None
 
 
+@whole_only
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_killed_kernel_is_reported_in_one_line(project, undisturbed):
