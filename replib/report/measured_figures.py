@@ -107,8 +107,9 @@ def brief(block: str) -> str:
 
 
 def beside(axis: plt.Axes) -> None:
-    """A legend to the right of a panel."""
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    """A legend to the right of a panel, where there is something to name."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def blocks_of(axis: plt.Axes, blocks: list[str]) -> None:
