@@ -5,7 +5,7 @@ A number is shown as <data value="...">, its value as it is in the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -70,21 +70,33 @@ def agrees(row: dict | None) -> str:
 
 
 # -- parts of the page ----------------------------------------------------------------------------
-class Bench:
-    """The parts of the page, for a notebook: `Bench()`."""
+class Measured:
+    """The parts of a page of measurements that every such page has.
+
+    stem: how the names of the files begin; command: what makes them.
+    """
+
+    stem: str
+    command: str
 
     def __init__(self, folder: Path | None = None):
-        self.measurements = measurements(folder)
+        self.measurements = measurements(folder, self.stem)
 
-    def per_measurement(self, part) -> HTML:
+    def per_measurement(self, part: Callable[[dict], str]) -> HTML:
         """A part of the page for every measurement that has it."""
         found = {name: part(m) for name, m in self.measurements.items()}
         pieces = [f"<h3>{escape(name)}</h3>{text}" for name, text in found.items() if text]
-        return HTML("".join(pieces) or "<p>Not measured.</p>")
+        return HTML("".join(pieces) or f"<p>Not measured: <code>{self.command}</code>.</p>")
 
     def provenance(self) -> HTML:
         """Where the numbers come from, and what may be wrong with them."""
         return self.per_measurement(provenance)
+
+
+class Bench(Measured):
+    """The parts of the page, for a notebook: `Bench()`."""
+
+    stem, command = "bench", "make bench"
 
     def targets(self) -> HTML:
         """Every target: met, missed, or why there is no verdict."""

@@ -6,7 +6,6 @@ A number is shown as <data value="...">, its value as it is in the file.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from IPython.display import HTML
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from replib.benchmark import running
 from replib.benchmark.latency import LATENCY, TRAINING
-from replib.report.bench import agrees, measurements, provenance, shown, with_spread
+from replib.report.bench import Measured, agrees, shown, with_spread
 from replib.report.figures import style
 from replib.report.page import NONE, escape, table_html
 
@@ -28,21 +27,10 @@ SIZES = {  # key of `replib.benchmark.latency.size` -> (heading, unit)
 }
 
 
-class Latency:
+class Latency(Measured):
     """The parts of the page, for a notebook: `Latency()`."""
 
-    def __init__(self, folder: Path | None = None):
-        self.measurements = measurements(folder, "latency")
-
-    def per_measurement(self, part) -> HTML:
-        """A part of the page for every measurement that has it."""
-        found = {name: part(m) for name, m in self.measurements.items()}
-        pieces = [f"<h3>{escape(name)}</h3>{text}" for name, text in found.items() if text]
-        return HTML("".join(pieces) or "<p>Not measured: <code>make latency</code>.</p>")
-
-    def provenance(self) -> HTML:
-        """Where the numbers come from, and what may be wrong with them."""
-        return self.per_measurement(provenance)
+    stem, command = "latency", "make latency"
 
     def times(self) -> HTML:
         """Milliseconds of every form, network by network."""
