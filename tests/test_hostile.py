@@ -447,6 +447,28 @@ def test_evidence(tmp_path_factory, seed):
         file.unlink()
 
 
+def scored(metric: str | None, value: object = 0.5) -> dict:
+    """The evidence with other scores of the test split, or with none."""
+    found = copy.deepcopy(EVIDENCE)
+    result = found["result"]
+    for part, content in (("deployed", value), ("history", result["history"]["test_accuracy"])):
+        del result[part]["test_accuracy"]
+        if metric is not None:
+            result[part][f"test_{metric}"] = content
+    result["versions"]["file:own"] = "0" * 64  # a file of one's own blocks
+    return found
+
+
+def test_evidence_is_scored_by_any_metric_and_by_one_at_least():
+    assert problem(scored("mIoU")) is None
+    assert "no test_accuracy" in problem(scored(None))
+    for value in (1.5, -0.1, "0.5", None, [0.5]):
+        assert "no number between 0 and 1" in problem(scored("mIoU", value))
+    found = scored("mIoU")
+    del found["result"]["history"]["test_mIoU"]
+    assert "no score of the test split" in problem(found)
+
+
 @pytest.mark.parametrize("name", ["deployed", "context", "history", "final"])
 def test_evidence_without_what_pages_show_is_shown_by_none(name, shared_project, tmp_path):
     """As if it were not there: no page fails on it."""

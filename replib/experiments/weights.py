@@ -44,7 +44,7 @@ def weights_digest(state: State) -> str:
     """
     value = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].detach().cpu()
         value.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         value.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return value.hexdigest()
