@@ -27,6 +27,19 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = (ROOT / "tests" / "tiny.yaml").read_text(encoding="utf-8")  # every kind of cell, in seconds
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """The same for what several tests share."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 class Project:
     """A copy of params/, notebooks/ and catalogue/ in which commands run, instead of our own."""
 

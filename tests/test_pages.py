@@ -498,8 +498,14 @@ def test_a_browser_opens_every_page_at_two_widths(rendered, tmp_path, monkeypatc
     assert broken(folder) == []
     wide = '<p style="width:900px">w</p><img src="http://127.0.0.1:9/x.png" alt="x">'
     wide += "<script>console.error('planted')</script>"
-    (folder / "wide.html").write_text(shell("base.html.j2", title="t", body=wide, made=""))
+    guarded = shell("base.html.j2", title="t", body=wide, made="")
+    (bare, guards) = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", guarded)
+    assert guards == 1
+    (folder / "wide.html").write_text(guarded)
+    found, console, asked = browse(folder, tmp_path)
+    assert [one["width"] for one in found if one["needs"] > one["width"]] == [390]
+    assert "violates" in console and "planted" not in console and asked == []
+    (folder / "wide.html").write_text(bare)
     found, console, asked = browse(folder, tmp_path)
     (folder / "wide.html").unlink()
-    assert [one["width"] for one in found if one["needs"] > one["width"]] == [390]
     assert "planted" in console and asked == ["http://127.0.0.1:9/x.png"]
