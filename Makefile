@@ -1,6 +1,7 @@
 # Two commands do everything: `make reproduce-table2` and `make test`. `make help` lists the rest.
 PYTHON ?= python3
 PROFILE ?= quick
+TABLE ?= table2
 SET ?=
 LOCK ?= requirements.hashes
 BIN := .venv/bin
@@ -9,7 +10,7 @@ export REPLIB_EXECUTOR := $(value EXECUTOR)
 export REPLIB_SLURM := $(value SLURM)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce weights list reports proofs figure bench bench-gpu latency lab test test-all \
+.PHONY: help setup reproduce repeat weights list reports proofs figure bench bench-gpu latency lab test test-all \
 	test-slurm test-faults fuzz test-wheel check hashes licences clean
 
 ## help                 this list
@@ -27,9 +28,13 @@ reproduce: .venv/ready
 	@$(if $(TABLES),,echo 'TABLES is empty: say which, as TABLES="table2 table3"; make list has them.' >&2; exit 2)
 	@$(BIN)/python -m replib reproduce $(TABLES) --profile '$(PROFILE)'
 
+## repeat               train cells a second time and compare, to the bit: [TABLE=table2] [PROFILE=quick]
+##                      [ROWS="control official"] [SEEDS="0 1"]; nothing said: all that has evidence
+repeat: .venv/ready
+	@$(BIN)/python -m replib repeat '$(TABLE)' --profile '$(PROFILE)' $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
+
 ## weights              the trained networks of a table as files, in weights/: [TABLE=table2]
 ##                      [PROFILE=quick] [SET=...]; trains what is missing
-TABLE ?= table2
 weights: .venv/ready
 	@$(BIN)/python -m replib weights '$(TABLE)' --profile '$(PROFILE)'
 

@@ -74,6 +74,18 @@ def parser() -> argparse.ArgumentParser:
     )
     weights.add_argument("--out", type=Path, help="a folder (default: weights/TABLE-PROFILE)")
     weights.add_argument("--workers", type=int, help="worker processes (default: all cores)")
+    repeat = table_command(
+        "repeat",
+        "train cells that have evidence a second time, from nothing, and compare; status 1 where "
+        "results differ though the machine does not",
+    )
+    repeat.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="(all)")
+    repeat.add_argument("--seeds", nargs="+", default=[], type=int, metavar="SEED", help="(all)")
+    repeat.add_argument("--workers", type=int, help="worker processes (default: all cores)")
+    repeat.add_argument("--budget-seconds", type=float, help="stop and checkpoint after")
+    repeat.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     figure = table_command("figure", "draw the gains from the published evidence as a PNG")
     figure.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -381,6 +393,34 @@ def weights(arguments: argparse.Namespace) -> None:
         print(f"  {count} {model_files.SAID[standing]}")
 
 
+def repeat(arguments: argparse.Namespace) -> int:
+    from replib.experiments import repeat as repeated
+    from replib.experiments.executor import device_here, run_plan
+    from replib.report.results import Results
+
+    device, workers = device_here(arguments.device), positive("--workers", arguments.workers)
+    budget = positive("--budget-seconds", arguments.budget_seconds)
+    results = Results(arguments.table, arguments.profile, settings_of(arguments))
+    plan, store, again = results.plan, results.store, repeated.second_store(device)
+    keys = repeated.chosen(plan, arguments.rows, arguments.seeds, store)
+    title = f"{results.id} {results.profile}, again:"
+    options = {"title": title, "device": device, "workers": workers, "budget_seconds": budget}
+    done = run_plan(plan.of(keys), again, **options)
+    print(f"{done.trained} cells trained again, {done.present} were: in {again.runs}")
+    cells = repeated.comparison(plan, keys, store, again)
+    if len(cells) < len(keys):
+        print(f"{len(keys) - len(cells)} of {len(keys)} cells not finished; run again to go on.")
+    if not cells:
+        return 0
+    path = repeated.path_of(store, results.id, results.profile, device)
+    repeated.write(path, device, cells)
+    print("\n".join(repeated.sentences(cells)))
+    print(path)
+    if broken := repeated.broken(cells):
+        print(f"replib: {repeated.complaint(broken[0])}", file=sys.stderr)
+    return 1 if broken else 0
+
+
 def publish(arguments: argparse.Namespace) -> None:
     from replib.experiments import measurements
     from replib.report.results import Results
@@ -599,6 +639,7 @@ def positive(name: str, value: float | None) -> float | None:
 COMMANDS = {
     "run": run,
     "reproduce": reproduce,
+    "repeat": repeat,
     "publish": publish,
     "weights": weights,
     "figure": figure,

@@ -19,6 +19,7 @@ from replib.analysis.statistics import Estimate, estimate
 from replib.blocks import RepBlock
 from replib.blocks.repmlp import RepMLP
 from replib.errors import UserError
+from replib.experiments import repeat
 from replib.experiments.cells import (
     counts,
     dataset,
@@ -502,9 +503,26 @@ class Page:
         return HTML(
             f"<p>To repeat: <code>{escape(command)}</code></p>"
             + table_html(header, lines)
+            + self.repeated()
             + f"<details><summary>All {len(files)} cells and their evidence files</summary>"
             + f"{cells}</details>"
         )
+
+    def repeated(self) -> str:
+        """What came out where cells were trained a second time (`replib repeat`)."""
+        results = self.results
+        command = f"python -m replib repeat {results.id} --profile {results.profile}"
+        where = results.store, results.id, results.profile, results.own | results.published
+        parts = []
+        for device, cells in repeat.standing(*where).items():
+            named = {f"{', '.join(cell['rows'])} (seed {cell['seed']})" for cell in cells}
+            said = "".join(f"<li>{escape(line)}</li>" for line in repeat.sentences(cells))
+            parts.append(
+                f"<p>Trained a second time, {device}: {escape('; '.join(sorted(named)))}.</p>"
+                f"<ul>{said}</ul>"
+            )
+        none = f"<p>No cell was trained a second time: <code>{escape(command)}</code>.</p>"
+        return "".join(parts) or none
 
     def parameters(self) -> HTML:
         """The resolved parameters of this profile."""
