@@ -135,7 +135,7 @@ def quiet() -> Iterator[None]:
 class OnnxModel:
     """An ONNX file in ONNX Runtime, on the processor: tensors in, tensors out.
 
-    threads: of one operator; None: as ONNX Runtime chooses.
+    threads: of one operator; None: as ONNX Runtime chooses. bytes: of the file.
     """
 
     def __init__(self, path: Path, threads: int | None = None):
@@ -149,6 +149,7 @@ class OnnxModel:
         self.session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
+        self.bytes = Path(path).stat().st_size
 
     def __call__(self, *inputs: Tensor) -> Tensor | list[Tensor]:
         given = {

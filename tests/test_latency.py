@@ -11,7 +11,7 @@ from replib.benchmark import latency as measured
 from replib.benchmark import running, timing
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES
-from replib.benchmark.latency import FORMS, LATENCY, TRAINING, latency, size
+from replib.benchmark.latency import FORMS, LATENCY, TRAINING, Form, latency, size
 from replib.benchmark.setting import TIERS, Setting, Subject
 from replib.benchmark.subjects import LeftOut, stack
 from replib.fusing import fuse
@@ -57,7 +57,7 @@ def test_every_form_is_timed_at_every_batch(monkeypatch):
     def absent(deployed, x, setting):
         raise LeftOut("it is not here")
 
-    forms(monkeypatch, absent=absent)
+    forms(monkeypatch, absent=Form(absent))
     result = latency(lambda setting: SMALL, QUICK)
     names = [f"{form}, batch {batch}" for batch in (1, 4) for form in (TRAINING, "fused")]
     assert [way["way"] for way in result["ways"]] == names
@@ -71,8 +71,33 @@ def test_every_form_is_timed_at_every_batch(monkeypatch):
 
 
 def test_a_form_that_computes_otherwise_is_not_timed(monkeypatch):
-    forms(monkeypatch, wrong=lambda deployed, x, setting: lambda x: 1.001 * deployed(x))
+    forms(monkeypatch, wrong=Form(lambda deployed, x, setting: lambda x: 1.001 * deployed(x)))
     with pytest.raises(Unequal, match=r"wrong, batch 1: outputs differ by 1\.0e-03"):
+        latency(lambda setting: SMALL, QUICK)
+
+
+def test_eight_bits_may_be_as_far_from_float64_as_they_are_in_floating_point(monkeypatch):
+    """Integers and floats round ties otherwise; a form that is wrong is further."""
+    pytest.importorskip("onnxruntime")
+    name = "fused, 8 bits, ONNX Runtime"
+    form = FORMS[name]
+    forms(monkeypatch, **{name: form})
+    result = latency(lambda setting: SMALL, QUICK)
+    rows = [row for row in result["agreement"] if row["way"].startswith(name)]
+    plain = [row for row in result["agreement"] if row["way"].startswith("fused, batch")]
+    for row, other in zip(rows, plain, strict=True):
+        found, allowed = row["errors"]["outputs"], row["allowed"]["outputs"]
+        assert row["equal"] and 1e-4 < found <= allowed < 0.1
+        assert found > 100 * other["errors"]["outputs"]
+    bytes = {way["way"]: way["file_bytes"] for way in result["ways"]}
+    assert bytes[f"{name}, batch 1"] > 0 and bytes["fused, batch 1"] is None
+
+    def doubled(network, x, setting):
+        run = form.made(network, x, setting)
+        return lambda x: 2 * run(x)
+
+    forms(monkeypatch, **{name: Form(doubled, form.rounded, contiguous=True)})
+    with pytest.raises(Unequal, match="8 bits, ONNX Runtime, batch 1: outputs differ"):
         latency(lambda setting: SMALL, QUICK)
 
 
@@ -100,7 +125,11 @@ def test_it_is_a_command_and_a_file_of_its_own(project, capsys):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A measurement of one case, made here, and of one that failed."""
-    forms(monkeypatch, absent=lambda *_: (_ for _ in ()).throw(LeftOut("it is <not> here")))
+
+    def absent(*_):
+        raise LeftOut("it is <not> here")
+
+    forms(monkeypatch, absent=Form(absent))
     result = latency(lambda setting: SMALL, QUICK)
     stamp = {"code": "c0de", "commit": "abcdef", "finished": "2026-11-21T10:00:00+00:00"}
     done = {"status": "done", "reason": "", "result": result, "seconds": 1.5, "elsewhere": 0.0}

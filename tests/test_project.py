@@ -52,7 +52,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     },
     "benchmark": {
         "analysis", "export", "verification", "training", "methods", "official", "models",
-        "convert", "branches", "fusing", "networks", "blocks", "machine",
+        "convert", "branches", "fusing", "networks", "blocks", "machine", "quantization",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "export", "verification", "fusing",

@@ -1,7 +1,8 @@
 """Latency and size: one network in every form in which it can be run after training.
 
 What is timed is inference: warm, waited for, in alternating rounds, and only where the outputs are
-those of the network in float64. Sizes are counted by shapes, and are not of this machine.
+those of the network in float64; in 8 bits, where they are as far from them as torch's are. Sizes
+are counted by shapes, and are not of this machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from replib.branches import Convolution
 from replib.export import PACKAGES, OnnxModel, write_onnx
 from replib.fusing import fuse
 from replib.networks import CONVOLUTIONS
+from replib.quantization import quantize
 from replib.training.step import why_not
 
 BATCHES = (1, 64)
@@ -47,8 +50,7 @@ def compiled(deployed: nn.Module, x: Tensor, setting: Setting) -> Run:
 
 def in_onnx_runtime(deployed: nn.Module, x: Tensor, setting: Setting) -> Run:
     """As an ONNX file, by as many threads as torch has."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise LeftOut(f"{', '.join(missing)} not installed (they are in the extra `export`)")
+    needed(PACKAGES, "export")
     if setting.on_gpu:
         raise LeftOut("ONNX Runtime runs on the processor here, and the others on the GPU")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,13 +60,38 @@ def in_onnx_runtime(deployed: nn.Module, x: Tensor, setting: Setting) -> Run:
         return OnnxModel(path, threads=torch.get_num_threads())
 
 
-# What makes each form of a deployed network; the training form is the network itself.
-FORMS: dict[str, Callable[[nn.Module, Tensor, Setting], Run]] = {
-    "fused": lambda deployed, x, setting: deployed,
-    "fused, compiled": compiled,
-    "fused, ONNX Runtime": in_onnx_runtime,
+def in_eight_bits(deployed: nn.Module, x: Tensor, setting: Setting) -> nn.Module:
+    """In 8 bits by torchao, calibrated on these images; weights in 7, so that no processor's sums
+    of two products saturate."""
+    needed(("torchao",), "quant")
+    plain = copy.deepcopy(deployed).to(memory_format=torch.contiguous_format)
+    with torch.inference_mode(False):  # whose tensors torch.export does not take
+        return quantize(plain, [x[:CHECKED].clone()], weights="channel", bits=7)
+
+
+def needed(packages: Iterable[str], extra: str) -> None:
+    """Raises: LeftOut where a package is missing."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise LeftOut(f"{', '.join(missing)} not installed (they are in the extra `{extra}`)")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of a deployed network. rounded: into the network that it runs, where that is another
+    one: it may be as far from float64 as that one is, and not as rounding explains."""
+
+    made: Callable[[nn.Module, Tensor, Setting], Run] = lambda network, x, setting: network
+    rounded: Callable[[nn.Module, Tensor, Setting], nn.Module] | None = None
+    contiguous: bool = False  # its memory layout; torch's forms have channels last
+
+
+FORMS: dict[str, Form] = {  # the training form is the network itself
+    "fused": Form(),
+    "fused, compiled": Form(compiled),
+    "fused, ONNX Runtime": Form(in_onnx_runtime, contiguous=True),
+    "fused, 8 bits, ONNX Runtime": Form(in_onnx_runtime, in_eight_bits, contiguous=True),
 }
-CONTIGUOUS = {"fused, ONNX Runtime"}  # its memory layout; torch's forms have channels last
+FURTHER = 1.25  # times as far from float64 as the network of rounded numbers: ties round otherwise
 
 
 # -- sizes -----------------------------------------------------------------------------------------
@@ -104,23 +131,26 @@ def latency(network: Callable[[Setting], Subject], setting: Setting) -> dict:
             last = plain.contiguous(memory_format=torch.channels_last)
             wanted = exact(plain[:CHECKED].double())
             own = {"outputs": apart(model(last)[:CHECKED], wanted)}
-            makers = {TRAINING: lambda *_: model, **FORMS}
-            actions, first = {}, {}
-            for form, make in makers.items():
-                x = plain if form in CONTIGUOUS else last
+            actions, first, files = {}, {}, {}
+            for name, form in {TRAINING: Form(lambda *_: model), **FORMS}.items():
+                x = plain if form.contiguous else last
                 try:
-                    run = make(deployed, x, setting)
-                    first[form] = seconds_of(partial(run, x), setting.device)
+                    network = form.rounded(deployed, x, setting) if form.rounded else deployed
+                    run = form.made(network, x, setting)
+                    first[name] = seconds_of(partial(run, x), setting.device)
                 except LeftOut as reason:
-                    out["left_out"][form] = str(reason)
+                    out["left_out"][name] = str(reason)
                     continue
                 error = {"outputs": apart(run(x)[:CHECKED], wanted)}
-                row = {"way": f"{form}, batch {batch}"}
-                row |= agreement(error, own, torch.finfo(torch.float32).eps)
+                row = {"way": f"{name}, batch {batch}"}
+                if form.rounded:
+                    row |= as_far(error, apart(network(x[:CHECKED]), wanted))
+                else:
+                    row |= agreement(error, own, torch.finfo(torch.float32).eps)
                 out["agreement"].append(row)
                 if not row["equal"]:
                     raise Unequal(f"{row['way']}: {difference(row)}")
-                actions[form] = partial(run, x)
+                actions[name], files[name] = partial(run, x), getattr(run, "bytes", None)
             options = {"device": setting.device, "deadline": setting.deadline}
             rounds = max(setting.tier.rounds, ROUNDS) if setting.tier.name != "quick" else 3
             times = alternate(actions, rounds=rounds, **options)
@@ -128,12 +158,23 @@ def latency(network: Callable[[Setting], Subject], setting: Setting) -> dict:
                 about = {"way": f"{form}, batch {batch}", "form": form, "batch": batch}
                 about["milliseconds"] = spread(found, 1000)
                 about["first_call_seconds"] = rounded(first[form])
+                about["file_bytes"] = files[form]
                 out["ways"].append(about)
                 if form != TRAINING:
                     line = {"of": f"{TRAINING}, batch {batch}", "over": about["way"]}
                     line |= {"what": "time"} | quotients(times[TRAINING], found)
                     out["ratios"].append(line)
     return out
+
+
+def as_far(error: dict[str, float], own: float) -> dict:
+    """Whether a form in integers is about as far as the same in floating point, as plain data."""
+    allowed = FURTHER * own
+    return {
+        "equal": error["outputs"] <= allowed,
+        "errors": {"outputs": rounded(error["outputs"])},
+        "allowed": {"outputs": rounded(allowed)},
+    }
 
 
 # -- the list --------------------------------------------------------------------------------------

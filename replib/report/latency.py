@@ -81,13 +81,15 @@ def time_table(case: str, result: dict) -> str:
         last = ways[form, batches[-1]]
         seconds = last["milliseconds"]["median"] / 1000
         cells.append(shown(batches[-1] / seconds))
+        size = last["file_bytes"]
+        cells.append(NONE if size is None else shown(size / 2**20))
         cells += [shown(last["first_call_seconds"]), agrees(checks[last["way"]])]
         lines.append(cells)
     header = [""]
     for batch in batches:
         images = "1 image" if batch == 1 else f"{batch} images"
         header += [f"{images}, ms", "times faster"]
-    header += ["images a second", "first call, s", "differs from float64 by"]
+    header += ["images a second", "file, MiB", "first call, s", "differs from float64 by"]
     left = "".join(
         f"<p><small>Left out: {escape(form)}: {escape(reason)}.</small></p>"
         for form, reason in result["left_out"].items()
