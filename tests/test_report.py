@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Project
+import torch
+from conftest import TINY, Project, at_home
+from PIL import Image
 
 from replib.__main__ import main
+from replib.errors import UserError
 from replib.experiments.cells import new_model
-from replib.experiments.executor import Outcome
+from replib.experiments.executor import Outcome, run_plan
 from replib.report import render
-from replib.report.page import Page, number
+from replib.report.page import NONE, Page, number
 from replib.report.results import Results
-from replib.training import loop
+from replib.training import data, loop
 
 EVIL = '<script>alert(1)</script> "$x_{$" & <img src="http://evil.example/x.png">'
 CELLS, ROWS = 6, 5
@@ -207,6 +210,57 @@ def test_reports_renders_what_has_evidence_and_nothing_else(home, monkeypatch, c
     assert main(["reports"]) == 0
     assert ("tiny9", "tiny", []) in asked and not [w for w in asked if w[0] == "table2"]
     assert os.environ["REPLIB_TRAIN"] == "0", "what the notebook's train cell looks at"
+
+
+AWAY = """
+title: Away
+question: Is it shown?
+control: plain
+seeds: [0]
+cell: {data: imagefolder, data_dir: data/away, body: digits, block: repvgg, epochs: 1,
+       batch_size: 4, learning_rate: 0.1, train_images: 12, held_out: 4, views: [upside_down]}
+rows:
+  plain: {label: Plain, set: {block: convbn}}
+  repvgg: {label: Branches}
+  later: {label: Later, set: {epochs: 2}}
+"""
+
+
+def test_published_evidence_is_shown_where_its_data_are_not(tmp_path, monkeypatch):
+    """As in a fresh clone, where nothing is trained; with a row that has not been run."""
+    with at_home(tmp_path, {"away9": AWAY}) as made:
+        pictures = made.folder / "data" / "away"
+        for i in range(24):
+            path = pictures / ("train" if i < 16 else "test") / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw = torch.randint(256, (8, 8, 3), dtype=torch.uint8)
+            Image.fromarray(draw.numpy()).save(path)
+        results = Results("away9", "tiny")
+        for row in ("plain", "repvgg"):
+            key = results.plan.by_row[row, 0]
+            run_plan(results.plan.of([key]), results.store, device="cpu")
+            results.store.publish(key)
+        found = results.accuracy("repvgg").mean
+        shutil.rmtree(results.store.runs)
+        shutil.rmtree(pictures)
+        data.load.cache_clear()
+        with pytest.raises(UserError, match="data_dir"):
+            Page("away9", "tiny")
+        monkeypatch.setenv("REPLIB_TRAIN", "0")
+        page = Page("away9", "tiny")
+        assert "shown without its data" in page.intro().data
+        assert f"{found:.2f}" in page.summary().data and "not run" in page.summary().data
+        assert "upside down" in page.views().data and page.pruning().data == ""
+        assert page.training_parameters("later") == page.network("later") == NONE
+        assert "digits, repvgg" in page.costs().data
+        assert "<svg" in page.block().data and "<svg" in page.kernels().data
+        assert key[:16] in page.provenance().data and page.train() is None
+        with pytest.raises(UserError, match="data_dir"):
+            Page("away9", "tiny", ["seeds=[0, 1]"])
+        for path in results.store.published.glob("*.json"):
+            path.unlink()
+        with pytest.raises(UserError, match="data_dir"):
+            Page("away9", "tiny")
 
 
 def test_what_the_paper_has_stands_beside_what_was_found(home):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 
 import pandas as pd
+import torch
 from IPython.display import HTML, Markdown
 from torch import nn
 
@@ -27,11 +28,12 @@ from replib.experiments.cells import (
     trained_model,
     training_parameters,
 )
-from replib.experiments.params import Cell, in_parts
+from replib.experiments.params import Cell, built, in_parts
 from replib.experiments.store import home
 from replib.report.diagram import before_after
 from replib.report.kernel_picture import kernel_picture
 from replib.report.results import Cost, Results
+from replib.report.standing import Evidence, Recorded
 
 NONE = "–"
 NO_BLOCK = "<p>No network of this table is made of such blocks.</p>"
@@ -87,11 +89,27 @@ def interval(value: Estimate | None, signed: bool = False) -> str:
     return f'{mean} <small class="whole">{bounds}<br>n = {value.n}</small>'
 
 
+def only_rendered() -> bool:
+    """Whether pages are to be made of what there is: `make reports` trains nothing."""
+    return os.environ.get("REPLIB_TRAIN") == "0"
+
+
 class Page:
-    """The parts of one report, for a notebook: `Page("table2", "quick")`."""
+    """The parts of one report, for a notebook: `Page("table2", "quick")`.
+
+    Where nothing is to be trained and the data are not here, what is published is shown.
+    """
 
     def __init__(self, table: str, profile: str, settings: list[str] = ()):
-        self.results = Results(table, profile, list(settings))
+        self.absent = ""  # why there are no data
+        try:
+            self.results = Results(table, profile, list(settings))
+        except UserError as error:
+            if settings or not only_rendered():
+                raise
+            self.results, self.absent = Recorded(table, profile, Evidence()), str(error)
+            if not self.results.published:
+                raise
         self.table = self.results.table
 
     def intro(self) -> HTML:
@@ -100,6 +118,9 @@ class Page:
         if table.proxy:
             data = dict.fromkeys(one.cell.data for one in self.results.plan.cells.values())
             said = f"Data: {', '.join(data)}. {table.proxy}"
+            parts.append(f'<p class="warning">{escape(said)}</p>')
+        if self.absent:
+            said = f"Published evidence, shown without its data, which are not here: {self.absent}"
             parts.append(f'<p class="warning">{escape(said)}</p>')
         if self.results.settings:
             changed = ", ".join(self.results.settings)
@@ -163,7 +184,7 @@ class Page:
                 continue
             bodies.add(cell.body)
             try:
-                model = trained_model(planned, self.results.store) if trained else new_model(cell)
+                model = trained_model(planned, self.results.store) if trained else self.fresh(cell)
             except UserError:  # not trained here, or by an older version
                 continue
             blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]
@@ -174,11 +195,19 @@ class Page:
                 return f"{name} of {row}, seed {cell.seed}, {state}.", block
         return None
 
+    def fresh(self, cell: Cell) -> nn.Module:
+        """The network of a cell as initialised; without its data, one of any number of classes."""
+        if not self.absent:
+            return new_model(cell)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cell.seed)
+            return built(cell.network, classes=10, in_channels=3)
+
     def train(self, **options) -> None:
         """Train the missing cells here, with progress; options of `run_plan`."""
         workers = os.environ.get("REPLIB_WORKERS")
         budget = os.environ.get("REPLIB_BUDGET_SECONDS")
-        if os.environ.get("REPLIB_TRAIN") == "0":  # `make reports` only renders
+        if only_rendered():
             return
         options.setdefault("workers", int(workers) if workers else None)
         options.setdefault("budget_seconds", float(budget) if budget else None)
@@ -246,7 +275,9 @@ class Page:
     def views(self) -> HTML:
         """Accuracy on turned and flipped test images, where the table asks for it."""
         results, lines = self.results, []
-        for row in (row for row in results.rows if self.cell(row).views):
+        for row in results.rows:
+            if (cell := self.cell(row)) is None or not cell.views:
+                continue
             spec = self.table.rows[row]
             line = [f"<b>{escape(spec.label)}</b>"]
             for view in results.views:
@@ -298,7 +329,7 @@ class Page:
         results, source, lines, widths = self.results, self.results.fallback, [], []
         for row in results.rows:
             cell, found = self.cell(row), results.evidence(row, source)
-            if not found or (cell.resrep or cell.narrow) is None:
+            if not found or cell is None or (cell.resrep or cell.narrow) is None:
                 continue
             control = results.evidence(results.control(row), source).values()
             whole = [e["result"]["deployed"]["flops"] for e in control]
@@ -385,26 +416,30 @@ class Page:
         )
         return HTML(table_html(header, lines, "numbers") + note)
 
-    def cell(self, row: str) -> Cell:
-        """The parameters of a row at its first seed."""
-        return self.results.plan.cells[self.results.plan.by_row[row, self.table.seeds[0]]].cell
+    def cell(self, row: str) -> Cell | None:
+        """The parameters of a row at its first seed; None where they are not known without data."""
+        plan = self.results.plan
+        keys = [plan.by_row[row, seed] for seed in self.table.seeds]
+        return next((plan.cells[key].cell for key in keys if key in plan.cells), None)
 
     def training_parameters(self, row: str) -> str:
         """How many numbers are trained, counted on the network that is trained; of one that grew,
         the fewest and the most in any epoch and seed."""
-        cell, data, results = self.cell(row), dataset(self.cell(row)), self.results
+        cell, results = self.cell(row), self.results
         known = results.evidence(row, results.fallback).values()
         found = [n for e in known for n in e["result"]["history"].get("training_parameters", [])]
-        if not found and cell.transfer is not None:
+        if not found and (self.absent or cell.transfer is not None):
             return NONE
         if not found:
-            network = cell.network
-            found = [training_parameters(network, len(data.classes), data.in_channels)]
+            data = dataset(cell)
+            found = [training_parameters(cell.network, len(data.classes), data.in_channels)]
         return " to ".join(number(size) for size in sorted({min(found), max(found)}))
 
     def network(self, row: str) -> str:
         """The body, its width, its blocks and their options, as the parameters name them."""
         cell = self.cell(row)
+        if cell is None:
+            return NONE
         width = "" if cell.width == 1 else f", width × {cell.width:g}"
         given = (cell.block_options or {}) | (cell.body_options or {})
         options = [f"{name} = {value}" for name, value in given.items()]

@@ -20,6 +20,7 @@ from replib.experiments.params import load_table
 from replib.experiments.store import Store, home
 from replib.report.notebooks import GENERIC, READERS, changed, notebooks, title
 from replib.report.overview import TEMPLATES, index, shell
+from replib.report.page import Page
 from replib.report.results import Results, profile_path, profiles
 from replib.report.standing import Evidence, Recorded
 from replib.training.checkpoint import write_bytes
@@ -220,8 +221,8 @@ def rendered(job: tuple[str, str]) -> str:
     name, profile = job
     if name in profiles():
         try:
-            results = Results(name, profile)
-        except (UserError, ValueError) as error:  # wrong parameters, or data that are not here
+            results = Page(name, profile).results
+        except (UserError, ValueError) as error:  # wrong parameters, say
             return not_rendered(name, profile, error)
         if not results.own and not results.published:
             return ""
