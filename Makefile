@@ -52,7 +52,7 @@ proofs: .venv/ready
 
 ## figure               draw README's picture again, from the published evidence
 figure: .venv/ready
-	@$(BIN)/python -m replib figure table2 --profile quick --out docs/table2-quick.png
+	@$(BIN)/python -m replib figure table2 --profile cifar10-folder --out docs/table2-cifar10-folder.png
 
 ## bench                measure speed and memory side by side, 12 minutes: reports/bench.html
 ##                      [CASES="a1/ cycle"] [FRESH=1]; killed, the same command goes on

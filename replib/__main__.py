@@ -440,9 +440,14 @@ def figure(arguments: argparse.Namespace) -> None:
 
     from replib.report.figures import gains
     from replib.report.results import Results
+    from replib.report.standing import Evidence, Recorded
     from replib.training.checkpoint import write_bytes
 
-    drawn = gains(Results(arguments.table, arguments.profile, arguments.set), published=True)
+    if arguments.set:
+        results = Results(arguments.table, arguments.profile, arguments.set)
+    else:  # nothing that published evidence does not say: data need not be here
+        results = Recorded(arguments.table, arguments.profile, Evidence())
+    drawn = gains(results, published=True)
     if drawn is None:
         raise UserError(f"{arguments.table} {arguments.profile} has no published evidence.")
     content = io.BytesIO()
