@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     repeat.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
+    text = "train again what was trained again before, too"
+    repeat.add_argument("--fresh", action="store_true", help=text)
     table_command("publish", "copy this machine's evidence of a table to reports/evidence")
     figure = table_command("figure", "draw the gains from the published evidence as a PNG")
     figure.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -404,6 +406,8 @@ def repeat(arguments: argparse.Namespace) -> int:
     plan, store, again = results.plan, results.store, repeated.second_store(device)
     keys = repeated.chosen(plan, arguments.rows, arguments.seeds, store)
     title = f"{results.id} {results.profile}, again:"
+    if why := repeated.begun(again, device, arguments.fresh):
+        print(f"What was trained a second time before is not used ({why}).")
     options = {"title": title, "device": device, "workers": workers, "budget_seconds": budget}
     done = run_plan(plan.of(keys), again, **options)
     print(f"{done.trained} cells trained again, {done.present} were: in {again.runs}")

@@ -52,6 +52,22 @@ def test_trained_again_on_this_machine_it_is_the_same_to_the_bit(trained, capsys
     forget(Store())
 
 
+def test_what_other_code_has_trained_is_no_second_time(trained, monkeypatch, capsys):
+    assert command("--rows", "base") == 0
+    assert command("--rows", "base") == 0
+    assert "0 cells trained again, 1 were" in capsys.readouterr().out
+    here = repeat.context_here("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(repeat, "context_here", lambda device: here | {"commit": "another"})
+        assert command("--rows", "base") == 0
+    out = capsys.readouterr().out
+    assert "is not used (changed since: commit)" in out and "1 cells trained again, 0 were" in out
+    assert command("--rows", "base", "--fresh") == 0
+    out = capsys.readouterr().out
+    assert "is not used (it was asked for)" in out and "1 cells trained again, 0 were" in out
+    forget(Store())
+
+
 def planted(store: Store, key: str, **changes) -> dict:
     """Publish other evidence of a cell, as if it had been so; the first, to put it back."""
     path = store.published_path(key)
@@ -132,6 +148,8 @@ def test_a_row_is_compared_seed_by_seed():
     said = "\n".join(repeat.sentences(cells))
     assert "one: +2.00 points the second time, at most 3.00 in a seed" in said
     assert "the interval -0.48 to +4.48 holds 0; seeds: 3." in said
+    compiled = repeat.compared(made(0.5), made(0.6, compile="default"))
+    assert compiled["machine"] == {"compile": [None, "default"]} and not repeat.broken([compiled])
     cells[0]["selected"], cells[2]["selected"] = [0.5, 0.5199], [0.7, 0.7201]
     assert "does NOT hold 0" in "\n".join(repeat.sentences(cells))
 

@@ -57,6 +57,7 @@ from replib.transfer import VERSION as TRANSFER_VERSION
 from replib.transfer import data as scenes
 from replib.transfer.tasks import Detection, Kind, Segmentation, extra, scaled_groups
 
+LIBRARIES = ("torch", "torchvision", "numpy")  # that evidence names
 CALIBRATED = 128  # images of a batch on which ranges are found
 
 
@@ -885,7 +886,7 @@ def context(device: str, seconds: float, precision: str, compile: str) -> dict:
         1 if sys.platform == "darwin" else 1024
     )
     on_gpu = device.startswith("cuda")
-    return machine.context(device, home(), ("torch", "torchvision", "numpy")) | {
+    return machine.context(device, home(), LIBRARIES) | {
         "precision": precision,
         "evaluation_precision": "float32",
         "compile": compile,

@@ -17,13 +17,15 @@ from pathlib import Path
 from replib import machine
 from replib.analysis.statistics import Estimate, estimate
 from replib.errors import UserError
-from replib.experiments.cells import Plan
+from replib.experiments.cells import LIBRARIES, Plan
 from replib.experiments.evidence import problem
 from replib.experiments.store import Store, home
 from replib.foreign import json_of
 from replib.training.checkpoint import write_bytes
 
-MACHINE = ("processor", "device", "python", "libraries", "system")  # what bits depend on
+# What bits depend on, beside the code and the cell.
+MACHINE = ("processor", "device", "python", "libraries", "system", "compile", "processes")
+MADE_BY = ("commit", "processor", "python", "libraries", "system")  # of a second store, as a whole
 
 
 def second_store(device: str) -> Store:
@@ -31,6 +33,29 @@ def second_store(device: str) -> Store:
     store = Store()
     store.runs = store.runs / f"repeated-{device}"
     return store
+
+
+def begun(again: Store, device: str, fresh: bool = False) -> str | None:
+    """Keep in a second store only what this code has trained on this machine: nothing else says
+    that it does the same today. Returns why it was emptied, or None.
+    """
+    now = context_here(device)
+    now, path = {name: now[name] for name in MADE_BY}, again.runs / "made-by.json"
+    before = json_of(path) if path.is_file() else None
+    if not fresh and before == now:
+        return None
+    there = again.runs.is_dir()
+    again.clean()
+    write_bytes(path, (json.dumps(now, indent=1) + "\n").encode())
+    if not there:
+        return None
+    changed = [name for name in MADE_BY if before and before.get(name) != now[name]]
+    return "it was asked for" if fresh else f"changed since: {', '.join(changed) or 'all'}"
+
+
+def context_here(device: str) -> dict:
+    """Where something is trained now."""
+    return machine.context(device, home(), LIBRARIES)
 
 
 def first_time(key: str, store: Store) -> dict | None:
@@ -191,7 +216,7 @@ def write(path: Path, device: str, cells: list[dict]) -> None:
     before = (read(path) or {"cells": []})["cells"]
     keys = {cell["key"] for cell in cells}
     cells = [cell for cell in before if cell["key"] not in keys] + cells
-    whole = {"device": device, "context": machine.context(device, home()), "cells": cells}
+    whole = {"device": device, "context": context_here(device), "cells": cells}
     write_bytes(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
