@@ -284,3 +284,20 @@ def test_deploy_writes_onnx_too(network, project, capfd):
     assert main(["deploy", str(network), "--data", "digits", "--out", str(out)]) == 0
     assert f"{out}: {out.stat().st_size:,} bytes" in capfd.readouterr().out
     assert opset_of(out) == OPSET
+
+
+class Casts(nn.Module):
+    """A network that knows one type."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+def test_a_network_with_a_cast_of_its_own_is_compared_in_its_own_type(tmp_path):
+    report = export(Casts().eval(), tmp_path / "net.pt2", torch.randn(4, 2, 6, 6))
+    assert report.ok and "it cannot be run in float64" in str(report)
+    assert (tmp_path / "net.pt2").is_file()
