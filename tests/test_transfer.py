@@ -173,7 +173,7 @@ def test_training_images_without_a_box_are_left_out(drawn, tmp_path):
     for one in said["annotations"]:
         one["iscrowd"] = int(one["iscrowd"] or one["image_id"] == second)
     for trained, left in ((True, 10), (False, 12)):
-        files, rows = scenes.boxes_of(path, said, drawn["shapes-coco"] / "train2017", trained)
+        files, rows, _ = scenes.boxes_of(path, said, drawn["shapes-coco"] / "train2017", trained)
         assert len(files) == len(rows) == left
 
 
@@ -230,12 +230,18 @@ def broken(folder, **files):
     return folder
 
 
-def listed(image):
-    """A file of one image, 1, and a box in the one that is named."""
-    box = {"image_id": image, "bbox": [0, 0, 1, 1], "category_id": 1, "iscrowd": 0}
-    images = [{"id": 1, "file_name": "a.jpg", "height": 8, "width": 8}]
-    kinds = [{"id": 1, "name": "a"}]
-    return json.dumps({"images": images, "annotations": [box], "categories": kinds})
+IMAGE = {"id": 1, "file_name": "a.png", "height": 4, "width": 6}
+KIND = {"id": 1, "name": "a"}
+BOX = {"id": 7, "image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 1, "iscrowd": 0}
+
+
+def listed(images=(IMAGE,), categories=(KIND,), annotations=(BOX,)):
+    """A file of one image and a box in it."""
+    return json.dumps({"images": images, "annotations": annotations, "categories": categories})
+
+
+def without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
 
 
 @pytest.mark.parametrize(
@@ -245,12 +251,8 @@ def listed(image):
         ({"annotations__instances_train2017.json": "[]"}, ["images, annotations and categories"]),
         ({"annotations__instances_train2017.json": "{"}, ["images, annotations and categories"]),
         (
-            {"annotations__instances_train2017.json": listed(image=2)},
-            ["an annotation is not COCO's", "KeyError"],
-        ),
-        (
-            {"annotations__instances_train2017.json": listed(image=1)},
-            ["train2017/a.jpg is not there", "unpack the images there"],
+            {"annotations__instances_train2017.json": listed()},
+            ["train2017/a.png is not there", "unpack the images there"],
         ),
     ],
 )
@@ -258,6 +260,77 @@ def test_a_folder_that_is_not_cocos_is_told_in_one_line(files, named, tmp_path):
     with pytest.raises(UserError) as caught:
         scenes.load("coco", str(broken(tmp_path, **files)))
     assert all(text in str(caught.value) for text in named), caught.value
+
+
+@pytest.mark.parametrize(
+    "lists, named",
+    [
+        ({"categories": [without(KIND, "name")]}, "categories[0]: name is missing"),
+        ({"categories": [without(KIND, "id")]}, "categories[0]: id is missing"),
+        ({"categories": [KIND | {"name": 3}]}, "categories[0]: name (=3) must be text"),
+        ({"categories": [KIND, KIND | {"name": "b"}]}, "categories[1]: id (=1) stands twice"),
+        ({"images": [without(IMAGE, "file_name")]}, "images[0]: file_name is missing"),
+        ({"images": [IMAGE, IMAGE]}, "images[1]: id (=1) stands twice"),
+        ({"images": ["a.png"]}, "images[0]: id is missing"),
+        (
+            {"annotations": [BOX, BOX | {"image_id": 2}]},
+            "annotation 7: image_id (=2) is not listed",
+        ),
+        ({"annotations": [BOX | {"category_id": [2]}]}, "annotation 7: category_id (=[2]) is not"),
+        ({"annotations": [without(BOX, "category_id")]}, "annotation 7: category_id is missing"),
+        ({"annotations": [without({"bbox": 1}, "id")]}, "annotations[0]: image_id is missing"),
+        ({"annotations": [7]}, "annotations[0]: image_id is missing"),
+        (
+            {"annotations": [BOX | {"bbox": [0, 0, 1]}]},
+            "annotation 7: bbox (=[0, 0, 1]) must be four",
+        ),
+        ({"annotations": [BOX | {"bbox": [0, 0, 1, "a"]}]}, "annotation 7: bbox (=[0, 0, 1, 'a'])"),
+        (
+            {"annotations": [BOX | {"iscrowd": None}]},
+            "annotation 7: bbox (=[0, 0, 1, 1]) must be four",
+        ),
+    ],
+)
+def test_an_entry_that_is_not_cocos_is_named_with_what_it_lacks(lists, named, tmp_path):
+    broken(tmp_path, **{"annotations__instances_train2017.json": listed(**lists)})
+    with pytest.raises(UserError) as caught:
+        scenes.load("coco", str(tmp_path))
+    assert named in str(caught.value) and "instances_train2017.json: " in str(caught.value)
+
+
+def test_a_file_of_another_size_than_its_entry_is_refused(tmp_path):
+    """As where boxes were drawn on the image as its EXIF orientation turns it."""
+    broken(tmp_path, **{"train2017__x": "", "annotations__instances_train2017.json": listed()})
+    turned = Image.new("RGB", (4, 6)).getexif()
+    turned[0x0112] = 6
+    Image.new("RGB", (4, 6)).save(tmp_path / "train2017" / "a.png", exif=turned)
+    with pytest.raises(
+        UserError, match=r"a\.png has height and width 6 x 4, but .*2017\.json says"
+    ):
+        scenes.load("coco", str(tmp_path))
+    with pytest.raises(UserError, match=r"says 4 x 6: .*EXIF orientation"):
+        scenes.load("coco", str(tmp_path))
+
+
+def test_what_a_set_of_boxes_need_not_say_changes_nothing(small, tmp_path):
+    """No sizes, no `iscrowd` where there is none, categories that one split says more of."""
+    drawn, want = small["shapes-coco"], scenes.load("shapes-coco", None, 96, 64)
+    for part in ("train", "val"):
+        (tmp_path / f"{part}2017").symlink_to(drawn / f"{part}2017")
+        said = json.loads((drawn / "annotations" / f"instances_{part}2017.json").read_text())
+        for image in said["images"]:
+            del image["height"], image["width"]
+        for one in said["annotations"]:
+            if not one["iscrowd"]:
+                del one["iscrowd"]
+        for kind in said["categories"]:
+            kind["supercategory"] = part
+        broken(tmp_path, **{f"annotations__instances_{part}2017.json": json.dumps(said)})
+    assert scenes.load_coco("shapes-coco", tmp_path, 96, 64).digest == want.digest
+    said["categories"][0]["name"] = "another"
+    broken(tmp_path, **{"annotations__instances_val2017.json": json.dumps(said)})
+    with pytest.raises(UserError, match="by id and name, are not the training set's"):
+        scenes.load_coco("shapes-coco", tmp_path, 96, 64)
 
 
 def test_a_folder_that_is_not_cityscapes_is_told_in_one_line(tmp_path, drawn):
