@@ -19,6 +19,7 @@ from replib.experiments import cells
 from replib.experiments.cells import dataset, groups_of, key_of, new_model, plan, run_cell
 from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store
+from replib.models import build
 from replib.networks import dilate
 from replib.report.page import Page
 from replib.report.results import Results
@@ -27,7 +28,7 @@ from replib.training.loop import OutOfTime, Task, fit
 from replib.transfer import data as scenes
 from replib.transfer import tasks
 from replib.transfer.data import FILL, IGNORED, TRAIN_IDS, boxes_in, fitted, load_cityscapes
-from replib.transfer.networks import averages
+from replib.transfer.networks import averages, network
 from replib.transfer.tasks import Boxes, Detection, Maps, Scene, Segmentation
 
 COUNTS = {"train": 12, "val": 6}
@@ -540,6 +541,31 @@ def test_stems_heads_and_frozen_stages_have_rates_of_their_own(small):
     assert not model.body.training and model.model.head.training
     assert not any(m.training for m in model.body.modules())
     assert new_model(cell(RETINA)).train().body.training
+
+
+@pytest.mark.parametrize(
+    "body, options, maps",
+    [
+        ("cifar_resnet18", {}, "64 x 64, 32 x 32, 16 x 16, 8 x 8"),
+        ("repopt_vgg_b1", {"strides": [1, 2, 1, 2, 2]}, "32 x 32, 32 x 32, 16 x 16, 8 x 8"),
+        ("repopt_vgg_b1", {"strides": [2, 2, 2, 2, 1]}, "16 x 16, 8 x 8, 4 x 4, 4 x 4"),
+    ],
+)
+@pytest.mark.parametrize("head", ["pspnet", "faster_rcnn"])
+def test_a_body_of_other_strides_is_no_backbone(head, body, options, maps):
+    with torch.device("meta"):
+        made = build(body, "convbn", width=0.125, classes=2, in_channels=3, body_options=options)
+        with pytest.raises(ValueError) as caught:
+            network(head, made, 5, output_stride=8)
+    assert f"maps of {maps}, not 16 x 16, 8 x 8, 4 x 4, 2 x 2: it is no" in str(caught.value)
+
+
+@pytest.mark.parametrize("stride, rates", [(8, [12, 24, 36]), (16, [6, 12, 18]), (32, [3, 6, 9])])
+def test_atrous_layers_reach_as_far_in_the_image_at_every_stride(small, stride, rates):
+    values = dict(head="deeplabv3", channels=8, output_stride=stride)
+    model = new_model(cell(SEGMENTATION, transfer=values))
+    assert [m.dilation[0] for m in model.classifier.modules() if isinstance(m, nn.Conv2d)
+            if max(m.dilation) > 1] == rates  # fmt: skip
 
 
 # -- parameters ------------------------------------------------------------------------------------
