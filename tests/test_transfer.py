@@ -1,6 +1,7 @@
 """Detection and segmentation: files as data, boxes and maps through augmentation, scores against
 the sets' own, backbones of blocks that are dilated, fused and frozen, and runs that are stopped."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from conftest import at_home, with_checkpoints
 from PIL import Image
 from test_blocks import scrambled
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from replib.blocks import BLOCKS, RepBlock
 from replib.errors import UserError
@@ -24,7 +26,7 @@ from replib.networks import dilate
 from replib.report.page import Page
 from replib.report.results import Results
 from replib.training import shapes
-from replib.training.loop import OutOfTime, Task, fit
+from replib.training.loop import OutOfTime, Task, fit, training_flops
 from replib.transfer import data as scenes
 from replib.transfer import tasks
 from replib.transfer.data import FILL, IGNORED, TRAIN_IDS, boxes_in, fitted, load_cityscapes
@@ -568,6 +570,79 @@ def test_atrous_layers_reach_as_far_in_the_image_at_every_stride(small, stride, 
             if max(m.dilation) > 1] == rates  # fmt: skip
 
 
+# -- what is counted -------------------------------------------------------------------------------
+def flops(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def task_of(values, images=12):
+    one = cell(values)
+    data, model = dataset(one), new_model(one)
+    splits = cells.split_of(one)
+    return Task(
+        model=model, data=data, train=splits.train[:images], validation=splits.validation,
+        recipe=cells.recipe_of(one), groups=lambda: groups_of(one, model, None),
+        loss=None, seed=0, kind=cells.kind_of(one, "cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head, block", [("pspnet", "orepa"), ("deeplabv3", "repvgg")])
+def test_a_segmenters_training_is_counted_on_the_crops_of_a_step(small, head, block):
+    task = task_of(SEGMENTATION | {"transfer": PSP | {"head": head}, "block": block})
+    state = copy.deepcopy(task.model.state_dict())
+    rows = task.data.train_images[task.train[:4]][:, :, :32, :64]
+    twin = copy.deepcopy(task.model).train()
+    want = flops(lambda: task.kind.loss(twin, rows, None, {}).backward())
+    before = torch.get_rng_state()
+    assert training_flops(task) == (want // 4, 0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, state[k]) for k, value in task.model.state_dict().items())
+    assert cells.image_shape(cell(SEGMENTATION, transfer=PSP)) == (3, 32, 64)
+
+
+def test_what_cannot_be_counted_is_told_before_training(small, tmp_path, monkeypatch):
+    def fails(task):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cells.loop, "training_flops", fails)
+    monkeypatch.setattr(cells, "fit", lambda *_, **__: pytest.fail("it has been trained"))
+    values = {k: v for k, v in RETINA.items() if k != "seed"}
+    rows = {"a": {"label": "a"}}
+    table = Table.model_validate(
+        dict(title="t", question="q", control="a", seeds=[0], cell=values, rows=rows)
+    )
+    made = plan(table)
+    (planned,) = made.cells.values()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_cell(planned, made.cells, Store(tmp_path), decoders=0)
+
+
+@pytest.mark.parametrize(
+    "head", [RETINA["transfer"], FASTER | {"proposals": 2000}], ids=lambda h: h["head"]
+)
+def test_a_deployed_detector_is_counted_with_its_head_on_one_image(small, head):
+    task = task_of(RETINA | {"transfer": head})
+    test = Boxes.test(task.data, "cpu")
+    (image,) = tasks.unpadded(next(test.inputs())[:1], test.labels[0][:1])
+    assert image.shape[1] < image.shape[2] or image.shape[2] < 96  # not the square that it lies in
+    found = task.kind.deployed_report(task.model, test)
+    fused, fewer, of_a_box = tasks.deployed_copy(task.model.eval()), [0], 0
+    if head["head"] == "faster_rcnn":
+        last = fused.model.roi_heads
+        last.box_head.register_forward_hook(
+            lambda _m, given, _o: fewer.append(2000 - len(given[0]))
+        )
+        layers = [*last.box_head.parameters(), *last.box_predictor.parameters()]
+        of_a_box = 2 * sum(p.numel() for p in layers if p.dim() > 1)
+    with torch.no_grad():
+        whole = flops(lambda: fused([image]))
+        assert found["flops"] == whole + of_a_box * sum(fewer)
+        assert found["flops"] > flops(lambda: fused.features(image[None]))
+    assert sum(fewer) > 0 or not of_a_box
+
+
 # -- parameters ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes, named",
@@ -666,6 +741,7 @@ def test_a_table_of_both_tasks_is_trained_and_shown(small, tmp_path, monkeypatch
         assert "mAP or mIoU, %" in shown and "accuracy, %" not in shown
         assert "pixel accuracy, %" in page.further().data
         assert "faster_rcnn on resnet18, width × 0.125, dbb, fused" in page.costs().data
+        assert "of the whole of it on the first test image" in page.costs().data
         assert not results.comparable
 
 
@@ -693,18 +769,8 @@ def test_a_cell_that_is_stopped_at_every_step_is_the_same(small, tmp_path, one_t
     "values", [RETINA, SEGMENTATION | {"transfer": PSP}], ids=["detection", "segmentation"]
 )
 def test_a_run_goes_on_from_any_step_bit_for_bit(small, one_thread, values):
-    def task():
-        one = cell(values)
-        data, model = dataset(one), new_model(one)
-        splits = cells.split_of(one)
-        return Task(
-            model=model, data=data, train=splits.train[:12], validation=splits.validation,
-            recipe=cells.recipe_of(one), groups=lambda: groups_of(one, model, None),
-            loss=None, seed=0, kind=cells.kind_of(one, "cpu"),
-        )  # fmt: skip
-
-    whole, states = with_checkpoints(first := task())
-    again = fit(second := task(), resume=states[1])
+    whole, states = with_checkpoints(first := task_of(values))
+    again = fit(second := task_of(values), resume=states[1])
     assert len(states) >= 3 and again.history == whole.history
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name

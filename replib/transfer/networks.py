@@ -246,6 +246,19 @@ class Detector(OnBody):
         """The maps that the head is given, of images (N, C, H, W)."""
         return [*self.model.backbone(x).values()]
 
+    def layers(self, images: list[Tensor]) -> None:
+        """Run every layer as `forward` does in eval mode, but the last ones of Faster R-CNN on as
+        many boxes as they may be given: what is computed then follows from the images' sizes, not
+        from what is found in them."""
+        maps = self.features(self.model.transform(images)[0].tensors)
+        if self.retina:
+            self.model.head(maps)
+            return
+        self.model.rpn.head(maps)
+        heads, boxes = self.model.roi_heads, len(images) * self.model.rpn.post_nms_top_n()
+        pooled = maps[0].new_zeros(boxes, maps[0].shape[1], *heads.box_roi_pool.output_size)
+        heads.box_predictor(heads.box_head(pooled))
+
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
