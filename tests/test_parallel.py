@@ -9,8 +9,11 @@ import copy
 import dataclasses
 import datetime
 import functools
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from whole import scrambled
 
 from replib import parallel
+from replib.errors import UserError
+from replib.experiments import executor
+from replib.experiments.cells import Plan, Planned
+from replib.experiments.executor import Outcome, run_plan
+from replib.experiments.params import Cell
+from replib.experiments.store import Store
 from replib.methods import dyrep
 from replib.methods.calibration import calibrate
 from replib.methods.cycle import Cycle
@@ -817,6 +826,48 @@ def test_growth_is_in_full_precision():
         return state(model)
 
     same(grown(True), grown(False))
+
+
+# -- which cells -----------------------------------------------------------------------------------
+CELLS = {key: Planned(key, Cell.model_construct(epochs=1, phases=1)) for key in ("one", "other")}
+SEEN = {"the other is missing": ["other"], "none is": [], "both are": ["one", "other"]}
+
+
+def run_of(cells, seen):
+    """What a process trains of a plan of these cells that it finds missing, or what it says."""
+    trained = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "missing", lambda plan, store: [CELLS[key] for key in seen])
+        patch.setattr(executor, "settle", lambda threads: None)  # of this process, for good
+        patch.setattr(executor, "run_cell", lambda planned, *_, **__: trained.append(planned.key))
+        try:
+            done = run_plan(Plan(cells), Store(Path(folder)), device="cpu")
+        except UserError as error:
+            return str(error)
+    return trained, done
+
+
+@over("seen", SEEN)
+def chosen(rank, seen):
+    """The second process sees other files of the store than the first."""
+    return run_of(CELLS, seen if rank else ["one"])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_all_processes_train_the_cells_that_the_first_one_misses(found, seen):
+    assert found[f"chosen {seen}"] == [(["one"], Outcome(1, 1, 0))] * 2
+
+
+@scenario
+def unknown(rank):
+    """The second process has other code, or other data: its cells have other keys."""
+    return run_of({"other": CELLS["other"]} if rank else CELLS, ["other"] if rank else ["one"])
+
+
+def test_a_cell_that_one_process_does_not_know_is_refused_by_all(found):
+    said, other = found["unknown"]
+    assert said == other and "\n" not in said
+    assert re.match(r"process 1, on .*, does not know cell one, .* same code", said)
 
 
 # -- from the command line -------------------------------------------------------------------------

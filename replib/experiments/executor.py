@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -191,7 +192,7 @@ def run_plan(
         raise UserError(f"--slurm {slurm[0]} is for --executor slurm, which is not asked for.")
     started, device = time.monotonic(), device_here(device)
     deadline = None if budget_seconds is None else started + budget_seconds
-    missing = plan.missing(store)
+    missing = agreed(plan, plan.missing(store))
     present = len(plan.cells) - len(missing)
     if not missing:
         return Outcome(0, present, 0)
@@ -318,6 +319,22 @@ def run_plan(
 def finished_since(key: str, store: Store) -> bool:
     """Whether another process has finished a cell since it was planned."""
     return store.read(key) is not None and store.has_weights(key)
+
+
+def agreed(plan: Plan, missing: list[Planned]) -> list[Planned]:
+    """The missing cells as the first process sees them: another may see files of the store later.
+
+    Raises: UserError, in all processes, where one does not know a cell.
+    """
+    keys = parallel.of_all([planned.key for planned in missing])[0]
+    unknown = [key for key in keys if key not in plan.cells]
+    for place, (machine, lacks) in enumerate(parallel.of_all((platform.node(), unknown[:1]))):
+        for key in lacks:
+            raise UserError(
+                f"process {place}, on {machine}, does not know cell {key[:16]}, which process 0 "
+                "is to train: give all nodes the same code, parameters and data."
+            )
+    return [plan.cells[key] for key in keys]
 
 
 def one_by_one(
