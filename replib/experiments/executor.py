@@ -5,9 +5,11 @@ Started by torchrun, all its processes train one cell after the other together.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import platform
+import secrets
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -36,6 +39,7 @@ from replib.training.step import chosen
 GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
 EXECUTORS = ("local", "slurm")
 ASK = 2  # seconds between two looks at a cell that another process trains
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 _ticks = None  # set in each worker by its initializer
 
 
@@ -46,6 +50,20 @@ class Outcome:
     trained: int
     present: int
     out_of_time: int  # cells that were not finished; what they had is checkpointed
+
+
+class NotTrained(UserError):
+    """Cells that failed, and those that wait for them; the others have been trained.
+
+    failed: key -> why, the first one no cell that waits; of: how many were to be trained.
+    """
+
+    def __init__(self, failed: dict[str, str], of: int, late: int = 0):
+        self.failed, why = failed, next(iter(failed.values()))
+        more = f", {late} not finished in the time given" if late else ""
+        super().__init__(
+            f"{len(failed)} of {of} cells were not trained{more}; {why}" if of > 1 else why
+        )
 
 
 def settle(threads: int) -> None:
@@ -97,20 +115,25 @@ def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dic
     except OutOfTime:
         return "late"
     except torch.OutOfMemoryError as error:
-        if error.__traceback__ is not None:  # frames hold the cell's tensors
-            traceback.clear_frames(error.__traceback__)
-        torch.cuda.empty_cache()
+        let_go(error)
         return "crowded"
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
+        let_go(error)
         raise
     except Exception as error:  # a fault of ours: one line for the user, the rest in a file
         log = store.folder(planned.key) / "error.txt"
         write_bytes(log, traceback.format_exc().encode())
+        let_go(error)
         said = (str(error).splitlines() or ["no message"])[0]
-        raise UserError(
-            f"cell {planned.key[:16]} ({', '.join(planned.rows)}, seed {planned.cell.seed}) failed "
-            f"with {type(error).__name__}: {said} (see {log})."
-        ) from None
+        raise UserError(f"it failed with {type(error).__name__}: {said} (see {log}).") from None
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free the tensors of a cell, which the frames of its error hold: this worker goes on."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    torch.cuda.empty_cache()
 
 
 def device_here(wanted: str | None) -> str:
@@ -139,16 +162,38 @@ def urgency(missing: list[Planned], costs: dict[str, float]) -> dict[str, float]
 
 def check_writable(store: Store) -> None:
     """Raises: UserError where results cannot be written."""
+    name = f".writable.{platform.node()}.{secrets.token_hex(4)}"  # of all that share the folder
     try:
         store.runs.mkdir(parents=True, exist_ok=True)
-        probe = store.runs / f".writable.{os.getpid()}"
+        probe = store.runs / name
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
-            "permissions."
-        ) from None
+        raise UserError(f"{trouble(error, store.runs)}.") from None
+
+
+def trouble(error: OSError, folder: Path) -> str:
+    """What is wrong with a file, and the remedy where it is known; folder: named where the error
+    names none."""
+    said = error.strerror or str(error) or type(error).__name__
+    if error.errno in UNWRITABLE:
+        where = error.filename or folder
+        return f"{where} cannot be written ({said}): make room, or change its permissions"
+    return f"{error.filename}: {said}" if error.filename else said
+
+
+def named(planned: Planned) -> str:
+    """A cell as it is told to the user."""
+    return f"cell {planned.key[:16]} ({', '.join((*planned.rows, f'seed {planned.cell.seed}'))})"
+
+
+def lost_with(key: str, missing: list[Planned], waiting: dict[str, Planned]) -> list[str]:
+    """The cells that wait for this one, parents first."""
+    lost = {key}
+    for planned in missing:
+        if planned.key in waiting and lost & set(planned.parents.values()):
+            lost.add(planned.key)
+    return [planned.key for planned in missing if planned.key in lost - {key}]
 
 
 def run_plan(
@@ -178,7 +223,8 @@ def run_plan(
     Several runs may share a store, on one machine or many: each cell is trained by one of them at
     a time (replib.experiments.claims), and the others wait for it where they need it.
     Where torchrun has started several processes, they train the cells together, one by one.
-    Raises: UserError where results cannot be written, or a worker died.
+    Raises: UserError where results cannot be written, or a worker died; NotTrained, at the end,
+    where cells failed: those that do not start from them, or learn from them, are trained.
     """
     if executor not in EXECUTORS:
         raise UserError(f"executor (={executor!r}) must be one of {', '.join(EXECUTORS)}.")
@@ -210,6 +256,7 @@ def run_plan(
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}
     claims, held, asked = Claims(), {}, {}  # key -> our claim; key -> when another's was seen
+    failed: dict[str, str] = {}  # key -> why
     trained, stopped, begun = 0, 0, None
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
@@ -281,19 +328,32 @@ def run_plan(
                     epoch = costs[key] / plan.cells[key].epochs
                     packing.tick(frozenset(now_running), key, epoch, now)
             for future in done:
-                end, planned = future.result(), running.pop(future)
+                why = None
+                try:
+                    end = future.result()
+                except UserError as error:
+                    end, why = "failed", str(error)
+                except OSError as error:
+                    if error.errno in UNWRITABLE:  # which the other cells would find, too
+                        raise
+                    end, why = "failed", f"{trouble(error, store.runs)}."
+                planned = running.pop(future)
                 trained += end == "finished"
                 held.pop(planned.key).release(finished=end == "finished")
                 stopped += end == "late"
-                if end == "crowded":
-                    if packing is None or len(now_running) == 1:
-                        raise UserError(
-                            f"cell {planned.key[:16]} ({', '.join(planned.rows)}) needs more "
-                            "memory than the GPU has: choose a smaller batch_size, or fewer "
-                            "--workers."
-                        )
+                if end == "crowded" and packing is not None and len(now_running) > 1:
                     packing.out_of_memory(len(now_running))
                     waiting = {planned.key: planned, **waiting}
+                elif end == "crowded":
+                    why = "it needs more memory than the GPU has: choose a smaller batch_size, or "
+                    why += "fewer --workers."
+                if why is not None:
+                    failed[planned.key] = f"{named(planned)}: {why}"
+                    for key in lost_with(planned.key, missing, waiting):
+                        why = f"it waits for {named(planned)}, which failed."
+                        failed[key] = f"{named(waiting.pop(key))}: {why}"
+                    if waiting or running:
+                        bar.write(f"{failed[planned.key]} Other cells are trained all the same.")
         drain(ticks, bar)
     except BrokenProcessPool:
         raise UserError(
@@ -301,11 +361,7 @@ def run_plan(
             "command again, perhaps with --workers 1."
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{getattr(error, 'filename', None) or store.runs} cannot be written "
-            f"({error.strerror or error}): make room, or change its permissions; finished cells "
-            "are kept."
-        ) from None
+        raise UserError(f"{trouble(error, store.runs)}; finished cells are kept.") from None
     finally:
         bar.close()
         for process in list((pool._processes or {}).values()):
@@ -313,7 +369,10 @@ def run_plan(
         pool.shutdown(wait=True, cancel_futures=True)
         for claim in held.values():
             claim.release()
-    return Outcome(trained, present, stopped + len(running) + len(waiting))
+    left = stopped + len(running) + len(waiting)
+    if failed:
+        raise NotTrained(failed, len(missing), left)
+    return Outcome(trained, present, left)
 
 
 def finished_since(key: str, store: Store) -> bool:
