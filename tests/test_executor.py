@@ -17,7 +17,7 @@ from conftest import TINY
 from replib.errors import UserError
 from replib.experiments import executor
 from replib.experiments.cells import Planned, cost_of, plan
-from replib.experiments.claims import Claims
+from replib.experiments.claims import Claims, Held
 from replib.experiments.executor import NotTrained, check_writable, run_plan, urgency
 from replib.experiments.packing import GAIN, Packing, next_number
 from replib.experiments.params import Cell, Table
@@ -326,8 +326,10 @@ def test_a_worker_lets_go_of_a_cell_that_failed(project, in_process, monkeypatch
 
     monkeypatch.setattr(executor, "run_cell", run_cell)
     (planned, *_) = family().cells.values()
+    claim = Claims().take(Store().folder(planned.key))
     with pytest.raises(UserError, match="outer") as error:
-        executor.work(planned, {}, Store(), {"device": "cpu"})
+        executor.work(planned, {}, Held(Store(), claim.number), {"device": "cpu"})
+    claim.release()
     assert error.value.__traceback__ is not None and held[0]() is None
 
 

@@ -28,7 +28,7 @@ from replib import parallel
 from replib.blocks import own
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, cost_of, run_cell
-from replib.experiments.claims import Claim, Claims, slurm_job
+from replib.experiments.claims import BEAT, Claim, Claims, Held, Overtaken, slurm_job
 from replib.experiments.packing import Packing
 from replib.experiments.store import Store
 from replib.training.checkpoint import write_bytes
@@ -98,10 +98,11 @@ def start_worker(ticks, threads: int, sources: list[own.Source]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dict) -> str:
+def work(planned: Planned, cells: dict[str, Planned], store: Held, options: dict) -> str:
     """In a worker: one cell, with options of `run_cell`.
 
-    "finished"; "late" where time ran out, "crowded" where the GPU's memory did: both go on later.
+    "finished"; "late" where time ran out, "crowded" where the GPU's memory did, "overtaken" where
+    another run has taken the cell over: they go on later.
     """
     on_gpu = options["device"].startswith("cuda")
 
@@ -114,11 +115,15 @@ def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dic
         return "finished"
     except OutOfTime:
         return "late"
+    except Overtaken:
+        return "overtaken"
     except torch.OutOfMemoryError as error:
         let_go(error)
         return "crowded"
     except (UserError, OSError) as error:
         let_go(error)
+        if store.overtaken(planned.key):  # who has may have removed what this one was writing
+            return "overtaken"
         raise
     except Exception as error:  # a fault of ours: one line for the user, the rest in a file
         log = store.folder(planned.key) / "error.txt"
@@ -279,9 +284,14 @@ def run_plan(
                 # Submitted only when a worker is free, so that a budget can stop the rest.
                 limit = most if packing is None else packing.wanted
                 blocked = any(p in waiting or p in now_running for p in planned.parents.values())
-                if late or blocked or len(running) >= limit:
+                full = len(running) >= limit
+                if late or blocked or (full and key not in asked):
                     continue
-                if key in asked and time.monotonic() - asked[key] < ASK:
+                if key in asked and time.monotonic() - asked[key] < (BEAT if full else ASK):
+                    continue
+                if full:  # so that a holder that has died is found dead by the time of its turn
+                    claims.look(store.folder(key))
+                    asked[key] = time.monotonic()
                     continue
                 claim = claims.take(store.folder(key))
                 if claim is None:
@@ -305,7 +315,8 @@ def run_plan(
                     "deadline": deadline,
                     "checkpoint_seconds": checkpoint_seconds,
                 }
-                running[pool.submit(work, planned, family, store, options)] = planned
+                here = Held(store, claim.number)
+                running[pool.submit(work, planned, family, here, options)] = planned
                 now_running.add(key)
                 del waiting[key]
             begun = begun or time.monotonic()
@@ -339,8 +350,13 @@ def run_plan(
                     end, why = "failed", f"{trouble(error, store.runs)}."
                 planned = running.pop(future)
                 trained += end == "finished"
-                held.pop(planned.key).release(finished=end == "finished")
+                claim = held.pop(planned.key)
+                claim.release(finished=end == "finished")
                 stopped += end == "late"
+                if end == "overtaken":  # this one was away for long; the other is waited for
+                    bar.write(f"Another run has taken over {named(planned)}.")
+                    bar.update(-claim.epochs)
+                    waiting[planned.key], asked[planned.key] = planned, time.monotonic()
                 if end == "crowded" and packing is not None and len(now_running) > 1:
                     packing.out_of_memory(len(now_running))
                     waiting = {planned.key: planned, **waiting}
@@ -403,34 +419,43 @@ def one_by_one(
     settle(1)
     present, quiet = len(plan.cells) - len(missing), parallel.place() > 0
     total, claims, trained = sum(planned.epochs for planned in missing), Claims(), 0
-    title = f"{title} {len(missing)} cells".strip()
+    title, left = f"{title} {len(missing)} cells".strip(), list(missing)  # parents come first
     with tqdm(total=total, desc=title, unit="epoch", disable=quiet, file=sys.stdout) as bar:
-        for done, planned in enumerate(missing):  # parents come first
+        say = (lambda text: None) if quiet else bar.write
+        while left:
+            planned = left[0]
             parallel.wait()  # for files of the first process
             claim, there = claimed_together(planned.key, claims, store)
             if there:
                 bar.update(planned.epochs)
+                left.pop(0)
                 continue
+            held = Held(store, -1 if claim is None else claim.number)
 
-            def tick(resumed: int = 0, claim=claim) -> None:
+            def tick(resumed: int = 0, claim=claim, held=held, key=planned.key) -> None:
                 bar.update(resumed or 1)
                 if claim is not None:
                     claim.epochs += resumed or 1
+                held.check(key)  # all stop together, here
 
             end = False
             try:
                 run_cell(
                     planned,
                     plan.cells,
-                    store,
+                    held,
                     tick=tick,
-                    say=(lambda text: None) if quiet else bar.write,
+                    say=say,
                     decoders=max(1, cores() // parallel.processes()),
                     **options,
                 )
                 end, trained = True, trained + 1
+                left.pop(0)
             except OutOfTime:
-                return Outcome(trained, present + done - trained, len(missing) - done)
+                return Outcome(trained, len(plan.cells) - len(left) - trained, len(left))
+            except Overtaken:  # these were away for long; the other is waited for
+                say(f"Another run has taken over {named(planned)}.")
+                bar.update(0 if claim is None else -claim.epochs)
             finally:
                 if claim is not None:
                     claim.release(finished=end)
