@@ -105,6 +105,15 @@ def average(tensors: Iterable[Tensor]) -> None:
         together(tensors, mean)
 
 
+def of_all(value: object) -> list:
+    """What a value, of plain data, is in each process, in order; in all of them."""
+    if processes() == 1:
+        return [value]
+    found: list = [None] * processes()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def same(model: nn.Module) -> bool:
     """Whether all processes hold the same parameters, bit for bit; waits for the device."""
     if processes() == 1:
@@ -114,9 +123,7 @@ def same(model: nn.Module) -> bool:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         values = parameter.detach().cpu().contiguous().view(-1)
         digest.update(values.view(torch.uint8).numpy().tobytes())
-    found: list = [None] * processes()
-    dist.all_gather_object(found, digest.hexdigest())
-    return len(set(found)) == 1
+    return len(set(of_all(digest.hexdigest()))) == 1
 
 
 def check(model: nn.Module, remedy: str) -> None:

@@ -1,7 +1,14 @@
 """Several cells at once: how many, in which order, and for how long."""
 
+import errno
 import itertools
+import json
+import os
+import platform
+import re
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +17,13 @@ from conftest import TINY
 from replib.errors import UserError
 from replib.experiments import executor
 from replib.experiments.cells import Planned, cost_of, plan
-from replib.experiments.executor import run_plan, urgency
+from replib.experiments.claims import Claims, Held
+from replib.experiments.executor import NotTrained, check_writable, run_plan, urgency
 from replib.experiments.packing import GAIN, Packing, next_number
 from replib.experiments.params import Cell, Table
 from replib.experiments.store import Store
 from replib.report.results import Results
-from replib.training.loop import training_flops
+from replib.training.loop import OutOfTime, training_flops
 from replib.training.step import Step
 
 CELL = dict(data="digits", train_images=60, held_out=20, body="digits", epochs=2, batch_size=20,
@@ -187,6 +195,142 @@ def sleep(*arguments) -> str:
     """In place of a cell, in a worker."""
     time.sleep(30)
     return "finished"
+
+
+# -- when a cell fails -----------------------------------------------------------------------------
+FAMILY = {
+    "a": {"label": "a"},
+    "b": {"label": "b", "set": {"learning_rate": 0.2}},
+    "c": {"label": "c", "start": "b", "set": {"learning_rate": 0.3}},
+    "d": {"label": "d", "start": "c", "set": {"learning_rate": 0.4}},
+    "e": {"label": "e", "start": "a", "set": {"learning_rate": 0.5}},
+}
+
+
+def family():
+    return plan(
+        Table.model_validate(
+            dict(title="t", question="q", control="a", seeds=[0], cell=CELL, rows=FAMILY)
+        )
+    )
+
+
+FAILURES = {
+    "a fault": (ZeroDivisionError("two\nlines"), r"it failed with ZeroDivisionError: two \(see "),
+    "a user's mistake": (UserError("narrow: too much."), r"narrow: too much\.$"),
+    "a file": (FileNotFoundError(2, "No such file", "x.jpg"), r"x\.jpg: No such file\.$"),
+    "no memory": (torch.OutOfMemoryError("no"), r"it needs more memory than the GPU has"),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_others_are_trained_where_one_fails(
+    failure, workers, project, in_process, monkeypatch, capfd
+):
+    """All but those that wait for it; at the end it is told, in one line, which and why."""
+    (error, said), made, store = FAILURES[failure], family(), Store()
+    order = []
+
+    def run_cell(planned, *_, **__):
+        order.append(planned.rows[0])
+        if planned.rows == ("b",):
+            raise error
+
+    monkeypatch.setattr(executor, "run_cell", run_cell)
+    with pytest.raises(NotTrained, match=r"^3 of 5 cells were not trained; cell ") as told:
+        run_plan(made, store, workers=workers, device="cpu")
+    assert sorted(order) == ["a", "b", "e"]
+    by_row = {row: key for (row, _), key in made.by_row.items()}
+    assert list(told.value.failed) == [by_row[row] for row in "bcd"]
+    b, c, _ = told.value.failed.values()
+    assert b.startswith(f"cell {by_row['b'][:16]} (b, seed 0): ") and re.search(said, b)
+    assert str(told.value).endswith(b) and "\n" not in str(told.value)
+    assert f"it waits for cell {by_row['b'][:16]}" in c
+    assert capfd.readouterr().out.count(b) == 1  # as soon as it is so
+    left = [json.loads(path.read_bytes()) for path in store.runs.glob("*/claim.*")]
+    assert all(claim["released"] for claim in left)
+
+
+def test_a_cell_alone_says_why_it_failed(project, in_process, monkeypatch):
+    made = family()
+    (first, *_) = made.cells
+    monkeypatch.setattr(executor, "run_cell", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=rf"^cell {first[:16]} \(a, seed 0\): it failed with Zero"):
+        run_plan(made.of([first]), Store(), device="cpu")
+
+
+def test_time_that_is_over_is_told_beside_a_failure(project, in_process, monkeypatch):
+    def run_cell(planned, *_, **__):
+        raise {"a": OutOfTime(), "b": UserError("no.")}[planned.rows[0]]
+
+    monkeypatch.setattr(executor, "run_cell", run_cell)
+    monkeypatch.setattr(executor, "GRACE", 60)
+    with pytest.raises(UserError, match=r"^3 of 5 cells were not trained, 2 not finished in"):
+        run_plan(family(), Store(), workers=2, device="cpu", budget_seconds=0)
+
+
+@pytest.mark.parametrize("number", sorted(executor.UNWRITABLE))
+def test_a_disk_that_takes_nothing_ends_the_run(number, project, in_process, monkeypatch):
+    """Every other cell would find the same."""
+    began = []
+
+    def run_cell(planned, *_, **__):
+        began.append(planned.key)
+        raise OSError(number, os.strerror(number), "FILE")
+
+    monkeypatch.setattr(executor, "run_cell", run_cell)
+    said = rf"^FILE cannot be written \({os.strerror(number)}\): make room, .*; finished cells"
+    with pytest.raises(UserError, match=said):
+        run_plan(family(), Store(), workers=1, device="cpu")
+    assert len(began) == 1
+
+
+def test_other_trouble_with_a_file_is_told_as_it_is(project, in_process, monkeypatch):
+    """Here of the store itself, on a file system that has gone away."""
+    gone = OSError(errno.ESTALE, "Stale file handle", "FOLDER")
+    monkeypatch.setattr(Claims, "take", lambda *_: (_ for _ in ()).throw(gone))
+    with pytest.raises(UserError, match=r"^FOLDER: Stale file handle; finished cells are kept\.$"):
+        run_plan(family(), Store(), workers=1, device="cpu")
+    monkeypatch.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(gone))
+    with pytest.raises(UserError, match=r"^FOLDER: Stale file handle\.$"):
+        check_writable(Store())
+
+
+def test_processes_of_many_machines_ask_whether_a_folder_can_be_written(project, monkeypatch):
+    """Each with a file of its own, whatever their numbers; one that is gone is no trouble."""
+    names, touch = set(), Path.touch
+
+    def taken_away(path):
+        touch(path)
+        names.add(path.name)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", taken_away)
+    for _ in range(2):
+        check_writable(Store())
+    assert len(names) == 2 and all(platform.node() in name for name in names)
+
+
+def test_a_worker_lets_go_of_a_cell_that_failed(project, in_process, monkeypatch):
+    """Its tensors would take the memory of the next one; also those of the error that led to it."""
+    held = []
+
+    def run_cell(*_, **__):
+        weights = torch.zeros(3)
+        held.append(weakref.ref(weights))
+        try:
+            raise KeyError("inner")
+        except KeyError:
+            raise UserError("outer") from None
+
+    monkeypatch.setattr(executor, "run_cell", run_cell)
+    (planned, *_) = family().cells.values()
+    claim = Claims().take(Store().folder(planned.key))
+    with pytest.raises(UserError, match="outer") as error:
+        executor.work(planned, {}, Held(Store(), claim.number), {"device": "cpu"})
+    claim.release()
+    assert error.value.__traceback__ is not None and held[0]() is None
 
 
 # -- when memory is short --------------------------------------------------------------------------

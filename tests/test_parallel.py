@@ -9,8 +9,11 @@ import copy
 import dataclasses
 import datetime
 import functools
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from whole import scrambled
 
 from replib import parallel
+from replib.errors import UserError
+from replib.experiments import executor
+from replib.experiments.cells import Plan, Planned
+from replib.experiments.claims import Held
+from replib.experiments.executor import Outcome, run_plan
+from replib.experiments.params import Cell
+from replib.experiments.store import Store
 from replib.methods import dyrep
 from replib.methods.calibration import calibrate
 from replib.methods.cycle import Cycle
@@ -39,6 +49,7 @@ from replib.models import build
 from replib.report.results import Results
 from replib.training import step
 from replib.training.augmentation import Augmentation
+from replib.training.checkpoint import write_bytes
 from replib.training.loop import OutOfTime, fit
 from replib.training.optimisation import parameter_groups
 
@@ -817,6 +828,100 @@ def test_growth_is_in_full_precision():
         return state(model)
 
     same(grown(True), grown(False))
+
+
+# -- which cells -----------------------------------------------------------------------------------
+CELLS = {key: Planned(key, Cell.model_construct(seed=0, epochs=1)) for key in ("one", "other")}
+SEEN = {"the other is missing": ["other"], "none is": [], "both are": ["one", "other"]}
+
+
+def run_of(cells, seen, train=lambda store, key, tick, tries: None):
+    """What a process trains of a plan of these cells that it finds missing, or what it says."""
+    trained = []
+
+    def run_cell(planned, cells, store, *, tick, **_):
+        trained.append(planned.key)
+        train(store, planned.key, tick, len(trained))
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "missing", lambda plan, store: [CELLS[key] for key in seen])
+        patch.setattr(executor, "settle", lambda threads: None)  # of this process, for good
+        patch.setattr(executor, "run_cell", run_cell)
+        try:
+            done = run_plan(Plan(cells), Store(Path(folder)), device="cpu")
+        except UserError as error:
+            return str(error)
+    return trained, done
+
+
+@over("seen", SEEN)
+def chosen(rank, seen):
+    """The second process sees other files of the store than the first."""
+    return run_of(CELLS, seen if rank else ["one"])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_all_processes_train_the_cells_that_the_first_one_misses(found, seen):
+    assert found[f"chosen {seen}"] == [(["one"], Outcome(1, 1, 0))] * 2
+
+
+@scenario
+def unknown(rank):
+    """The second process has other code, or other data: its cells have other keys."""
+    return run_of({"other": CELLS["other"]} if rank else CELLS, ["other"] if rank else ["one"])
+
+
+def test_a_cell_that_one_process_does_not_know_is_refused_by_all(found):
+    said, other = found["unknown"]
+    assert said == other and "\n" not in said
+    assert re.match(r"process 1, on .*, does not know cell one, .* same code", said)
+
+
+@scenario
+def overtaken(rank):
+    """Another run takes over the cell of both, who were away, and gives it back."""
+    there = []
+
+    def train(store, key, tick, tries):
+        checkpoint = store.folder(key) / "checkpoint.ckpt"
+        if rank == 0:
+            if tries == 1:
+                write_bytes(store.folder(key) / "claim.1", b'{"released": true}')
+            store.save(key, "checkpoint", {})  # by the first process, in the middle of an epoch
+            there.append(checkpoint.exists())
+        tick()
+        store.save(key, "weights", {})
+        there.append((store.folder(key) / "weights.ckpt").exists())
+
+    return run_of(CELLS, ["one"], train), there
+
+
+def test_processes_that_were_overtaken_stop_together(found):
+    """At the end of the epoch; until then the first one keeps what it has to itself."""
+    first, second = found["overtaken"]
+    assert first[0] == second[0] == (["one", "one"], Outcome(1, 1, 0))
+    assert first[1] == [False, True, True] and second[1] == [False]
+
+
+@scenario
+def different_checkpoints(rank):
+    """The second process does not see yet what is to be gone on from."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, at = Store(Path(folder)), {"phase": 0, "epoch": 1, "batch": 0}
+        store.save("one", "checkpoint", {"progress": at})  # which the first one alone writes
+        said = []
+        for name in ("weights", "checkpoint"):
+            try:
+                said.append(Held(store, 0).load("one", name)[1])
+            except UserError as error:
+                said.append(str(error).replace(folder, "FOLDER"))
+        return said
+
+
+def test_processes_do_not_go_on_from_different_checkpoints(found):
+    first, second = found["different_checkpoints"]
+    assert first == second and first[0] is None
+    assert first[1].startswith("the processes see different checkpoints of cell one in FOLDER")
 
 
 # -- from the command line -------------------------------------------------------------------------

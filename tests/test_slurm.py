@@ -17,14 +17,17 @@ import time
 
 import pytest
 from conftest import ROOT, TINY, at_home
+from submitit.core.utils import DelayedSubmission
 from test_executor import CELL
+from test_own_blocks import FILE, forgotten  # noqa: F401 (a fixture of all tests here, too)
 
 from replib.__main__ import main
+from replib.blocks import BLOCKS, own
 from replib.errors import UserError
-from replib.experiments import slurm
+from replib.experiments import executor, slurm
 from replib.experiments.cells import Plan, Planned, plan
 from replib.experiments.claims import progress
-from replib.experiments.executor import run_plan
+from replib.experiments.executor import NotTrained, run_plan
 from replib.experiments.params import Table
 from replib.experiments.slurm import Batch, Head, Options, options_of, run_on_slurm
 from replib.experiments.store import Store
@@ -85,6 +88,70 @@ def test_what_slurm_is_asked_for(project):
 
 
 # -- what is submitted, by a head without a Slurm --------------------------------------------------
+BIN = {
+    "sbatch": r"""
+read -r how < answers
+sed -i 1d answers
+if [ "$how" != refused ]; then
+    number=$(cat number) && echo $((number + 1)) > number
+    name=$(sed -n 's/^#SBATCH --job-name=//p' "$1")
+    last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$1")
+    if [ "$last" ]; then
+        for i in $(seq 0 "$last"); do echo "${number}_$i|PENDING|$name"; done >> queue
+    else
+        echo "$number|PENDING|$name" >> queue
+    fi
+fi
+failed="sbatch: error: Batch job submission failed:"
+case $how in
+    taken) echo "Submitted batch job $number" ;;
+    refused) echo "$failed Job violates accounting/QOS policy" >&2; exit 1 ;;
+    *) [ "$how" = lost ] || touch silent
+       echo "$failed Socket timed out on send/recv operation" >&2; exit 1 ;;
+esac
+""",
+    "squeue": """
+[ -f silent ] || exec cat queue
+echo "slurm_load_jobs error: Unable to contact slurm controller" >&2
+exit 1
+""",
+    "scontrol": "echo 'ClusterName             = here'",
+    "srun": "exit 1",
+}
+
+
+class Commands:
+    """Slurm's commands as a head runs them; submitit is the real one. What sbatch answers: taken,
+    refused, lost (taken, but sbatch does not know), or silent: the same, and squeue fails, too."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        for name, text in BIN.items():
+            path = folder / "bin" / name
+            path.write_text(f"#!/bin/sh\ncd '{folder}'\n{text}")
+            path.chmod(0o755)
+        (folder / "number").write_text("100\n")
+        (folder / "queue").touch()
+
+    def answer(self, *answers: str) -> None:
+        (self.folder / "answers").write_text("".join(f"{one}\n" for one in answers))
+
+    def queue(self) -> dict[str, str]:
+        """id -> name of the jobs that were taken."""
+        lines = (self.folder / "queue").read_text().split()
+        return {line.split("|")[0]: line.split("|")[2] for line in lines}
+
+
+@pytest.fixture
+def commands(project, monkeypatch) -> Commands:
+    made = Commands(project.folder / "fake")
+    monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
+    monkeypatch.setattr(slurm, "POLL", 0.01)
+    return made
+
+
 class Cluster:
     """What a head asks Slurm: jobs stay in its queue until a test takes them out."""
 
@@ -269,6 +336,71 @@ def test_make_hands_over_which_executor(project, monkeypatch):
     assert given["slurm"] == ["partition=low", "setup=module load x", "time=9"]
 
 
+# -- what a job does -------------------------------------------------------------------------------
+def job_of(head: Head, number: str):
+    """What submitit left for a job."""
+    path = head.folder / "log" / f"{number}_submitted.pkl"
+    return DelayedSubmission.load(path).function
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The plans that jobs train, in place of training."""
+    plans = []
+    monkeypatch.setattr(executor, "run_plan", lambda plan, *_, **__: plans.append(plan))
+    return plans
+
+
+def test_a_job_knows_blocks_of_one_s_own(commands, trained, tmp_path):
+    """Those of the file as it was read, before the key of a cell is asked for."""
+    file = tmp_path / "mine.py"
+    file.write_text(FILE)
+    own.read(file)
+    made = table({"a": {"label": "a", "set": {"block": "twice"}}})
+    commands.answer("taken")
+    head = head_of(made)
+    head.submit()
+    file.unlink()
+    own.OWN.clear()
+    del BLOCKS["twice"]
+    job_of(head, "100")()
+    assert [list(plan.cells) for plan in trained] == [list(made.cells)] and "twice" in BLOCKS
+
+
+def test_a_job_says_that_the_code_is_of_another_commit(project, trained, monkeypatch, capfd):
+    """And trains: the key of a cell says whether the code that it depends on is another one."""
+    made = table({"a": {"label": "a"}})
+    head = head_of(made)
+    (job,) = head.jobs_of(Batch("replib-1", [list(made.cells)]))
+    job()
+    assert capfd.readouterr().err == "" and len(trained) == 1
+    monkeypatch.setattr(slurm, "commit", lambda folder: "another")
+    job()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and job.commit in said and "another" in said
+    assert len(trained) == 2
+
+
+def test_every_cell_of_a_job_is_told_why_it_failed(project, monkeypatch):
+    """In a line of its own; all of them what concerns the whole job."""
+    made = table({name: {"label": name, "set": {"learning_rate": 0.1 + i / 50}}
+                  for i, name in enumerate("abc")})  # fmt: skip
+    head, (first, _, third) = head_of(made), made.cells
+    batch = Batch("replib-1", [list(made.cells)], ["7"])
+    batch.write(head.folder)
+    failed = {k: f"cell {k[:16]} ({made.cells[k].rows[0]}): no." for k in (first, third)}
+
+    def run_plan(*_, **__):
+        raise errors.pop()
+
+    errors = [UserError("no GPU here."), NotTrained(failed, 3)]
+    monkeypatch.setattr(executor, "run_plan", run_plan)
+    for expected in (failed, dict.fromkeys(made.cells, "no GPU here.")):
+        with pytest.raises(SystemExit):
+            head.jobs_of(batch)[0]()
+        assert {key: head.said(key)[0] for key in expected} == expected
+
+
 # -- on a Slurm ------------------------------------------------------------------------------------
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -421,5 +553,5 @@ def test_a_failure_is_one_line(node, project):
     (planned,) = made.cells.values()
     wrong = Planned("0" * 64, planned.cell, rows=("a",))
     made = Plan({wrong.key: wrong}, {("a", 0): wrong.key})
-    with pytest.raises(UserError, match=r"1 of 1 cells .* is another one by now"):
+    with pytest.raises(UserError, match=r"^cell 0{16} is another one by now"):
         run_on_slurm(made, store, slurm=ASKED, device="cpu")

@@ -4,10 +4,12 @@
 
 A claim is a file that is created exclusively (O_EXCL, atomic on NFS too; no file locks, which many
 cluster file systems lack). It is never taken away from its holder: who finds it abandoned creates
-the next number, which only one can do, and a holder that wakes up sees that it has been overtaken.
+the next number, which only one can do, and a holder that wakes up sees that it has been overtaken,
+and writes nothing more (`Held`).
 A holder writes a new beat into its file every few seconds. Whether it lives is judged by the
-observer's own clock, by how long the beat has not changed, so clocks may differ; a process of the
-same machine, or of the same Slurm job before it was requeued, is asked for directly.
+observer's own clock, by how long the beat has not changed while it could look, so clocks may differ
+and a file system may be away from both; a process of the same machine and user, or of the same
+Slurm job before it was requeued, is asked for directly.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from replib import parallel
+from replib.errors import UserError
+from replib.experiments.store import Store
 from replib.training.checkpoint import write_bytes
 
 BEAT = 10  # seconds between two beats
 STALE = 120  # seconds without a new beat, after which a holder elsewhere counts as dead
+BLIND = 30  # seconds without a look, after which they are counted anew: it may not have been able
 
 
 def machine() -> str:
@@ -36,7 +42,8 @@ def machine() -> str:
 
 
 def born(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since its start; None: it is gone."""
+    """When a process of this machine began, in ticks since its start; None: it is gone, or another
+    user's, which /proc may hide (hidepid)."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if after_name[0] in "ZX" else after_name[19]
@@ -91,29 +98,92 @@ class Claim:
     def path(self) -> Path:
         return self.folder / f"claim.{self.number}"
 
+    @property
+    def overtaken(self) -> bool:
+        """Whether another process has taken over what this claim is on, and perhaps finished it."""
+        return last(self.folder)[0] != self.number
+
     def content(self, **more) -> bytes:
         """What the file says."""
-        pid = os.getpid()
-        who = {"machine": machine(), "pid": pid, "born": born(pid), "job": slurm_job()}
+        pid, uid = os.getpid(), os.getuid()
+        who = {"machine": machine(), "uid": uid, "pid": pid, "born": born(pid), "job": slurm_job()}
         epochs = max(self.epochs, self.before)  # it goes on where the holder before it was
         return json.dumps(who | {"beat": self.beats, "epochs": epochs} | more).encode()
 
     def beating(self) -> None:
         """A new beat now and then, until it is over or another process has overtaken this one."""
-        while not self.over.wait(BEAT) and last(self.folder)[0] == self.number:
-            self.beats += 1
-            with contextlib.suppress(OSError):  # of a full disk the training will tell
+        while not self.over.wait(BEAT):
+            with contextlib.suppress(OSError):  # of a full disk, or one that is away, cells tell
+                if self.overtaken:
+                    return
+                self.beats += 1
                 write_bytes(self.path, self.content())
 
     def release(self, finished: bool = False) -> None:
-        """Give it back. Of a finished cell nothing is left to claim: its files are removed."""
+        """Give it back. Of a finished cell nothing is left to claim: its files are removed, also
+        what killed holders were writing. Where this one has been overtaken it leaves all there."""
         self.over.set()
         self.thread.join()
-        if finished:
-            for path in self.folder.glob("claim.*"):
+        with contextlib.suppress(OSError):  # then it is found abandoned, as of one that has died
+            if self.overtaken:
+                return
+            if not finished:
+                write_bytes(self.path, self.content(released=True))
+                return
+            for path in (*self.folder.glob(".*.part"), *self.folder.glob("claim.*")):
                 path.unlink(missing_ok=True)
-        elif last(self.folder)[0] == self.number:
-            write_bytes(self.path, self.content(released=True))
+
+
+class Overtaken(Exception):
+    """Another process has taken over the cell that this one trains."""
+
+
+class Held(Store):
+    """A store into which the holder of a claim writes only as long as nobody has overtaken it.
+
+    number: of the claim; where several processes train together, the first one's counts.
+    Raises: Overtaken, in all of them, in place of writing weights or evidence of the cell.
+    """
+
+    def __init__(self, store: Store, number: int):
+        self.runs, self.published, self.number = store.runs, store.published, number
+
+    def overtaken(self, key: str) -> bool:
+        """Whether another process has claimed a cell since, and perhaps finished it."""
+        return last(self.folder(key))[0] != self.number
+
+    def check(self, key: str) -> None:
+        """Raises: Overtaken."""
+        first = parallel.place() == 0
+        (overtaken,) = parallel.of_the_first([first and self.overtaken(key)])
+        if overtaken:
+            raise Overtaken
+
+    def load(self, key: str, name: str) -> tuple[dict | None, str | None]:
+        """As that of any store. Raises: UserError, in all processes that train together, where they
+        do not see the same checkpoint: they would train different networks."""
+        state, problem = super().load(key, name)
+        if name == "checkpoint" and parallel.processes() > 1:
+            progress = (state or {}).get("progress", {})
+            at = [progress.get(place) for place in ("phase", "epoch", "batch")]
+            if any(another != at for another in parallel.of_all(at)):
+                raise UserError(
+                    f"the processes see different checkpoints of cell {key[:16]} in "
+                    f"{self.folder(key)}: run the same command again in a minute."
+                )
+        return state, problem
+
+    def save(self, key: str, name: str, state: dict) -> None:
+        if name == "checkpoint" and parallel.processes() > 1:  # by the first one alone: no `check`
+            if not self.overtaken(key):
+                super().save(key, name, state)
+            return
+        self.check(key)
+        super().save(key, name, state)
+
+    def write(self, key: str, result: dict, context: dict) -> None:
+        self.check(key)
+        super().write(key, result, context)
 
 
 class Claims:
@@ -124,12 +194,12 @@ class Claims:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self.seen: dict[Path, tuple[tuple, float]] = {}
+        self.seen: dict[Path, tuple[tuple, float, float]] = {}  # beat, since when, the last look
 
     def take(self, folder: Path) -> Claim | None:
         """A claim on what this folder is of; None where a process that lives, or may live, has it.
 
-        One elsewhere that has died is found dead `STALE` seconds after it was first asked about.
+        One elsewhere that has died is found dead by who asks again and again for `STALE` seconds.
         """
         number, content = last(folder)
         if number >= 0 and not self.abandoned(folder, number, content):
@@ -137,18 +207,32 @@ class Claims:
         claim = Claim(folder, number + 1)
         claim.before = (content or {}).get("epochs", 0)
         folder.mkdir(parents=True, exist_ok=True)
+        said = claim.content()
         try:
-            with claim.path.open("xb") as file:
-                file.write(claim.content())
+            file = claim.path.open("xb")
         except FileExistsError:
             return None
+        try:
+            with file:
+                file.write(said)
+        except BaseException:  # a full disk, say: nobody is to wait for what says nothing
+            claim.path.unlink(missing_ok=True)
+            raise
         if last(folder)[0] != claim.number:
             return None  # another one, that listed the folder later, was quicker by a number
         self.seen.pop(folder, None)
+        now = claim.path.stat().st_mtime  # by the clock of the file system
         for half in folder.glob(".*.part"):  # what a holder that was killed was writing
-            half.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if now - half.stat().st_mtime > STALE:  # another one may be writing still
+                    half.unlink()
         claim.thread.start()
         return claim
+
+    def look(self, folder: Path) -> bool:
+        """Whether a claim on what this folder is of would be given, as far as this one has seen."""
+        number, content = last(folder)
+        return number < 0 or self.abandoned(folder, number, content)
 
     def abandoned(self, folder: Path, number: int, content: dict) -> bool:
         """Whether nobody holds this claim any more."""
@@ -157,14 +241,14 @@ class Claims:
         job = slurm_job()
         if job and content.get("job", [])[:1] == job[:1] and content["job"] != job:
             return True  # this very job, before it was requeued
-        if content.get("machine") == machine():
+        if (content.get("machine"), content.get("uid")) == (machine(), os.getuid()):
             return born(int(content["pid"])) != content["born"]
-        beat = number, content.get("beat"), content.get("pid")
-        before, since = self.seen.get(folder, (None, 0.0))
-        if before != beat:
-            self.seen[folder] = beat, self.clock()
-            return False
-        return self.clock() - since > STALE
+        beat, now = (number, content.get("beat"), content.get("pid")), self.clock()
+        before, since, looked = self.seen.get(folder, (None, now, now))
+        if before != beat or now - looked > BLIND:  # what kept this one from looking may have kept
+            since = now  # the holder from writing
+        self.seen[folder] = beat, since, now
+        return now - since > STALE
 
 
 def progress(folder: Path) -> int:

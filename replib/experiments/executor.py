@@ -5,8 +5,11 @@ Started by torchrun, all its processes train one cell after the other together.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import platform
+import secrets
 import signal
 import sys
 import threading
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -24,7 +28,7 @@ from replib import parallel
 from replib.blocks import own
 from replib.errors import UserError
 from replib.experiments.cells import Plan, Planned, cost_of, run_cell
-from replib.experiments.claims import Claim, Claims, slurm_job
+from replib.experiments.claims import BEAT, Claim, Claims, Held, Overtaken, slurm_job
 from replib.experiments.packing import Packing
 from replib.experiments.store import Store
 from replib.training.checkpoint import write_bytes
@@ -35,6 +39,7 @@ from replib.training.step import chosen
 GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
 EXECUTORS = ("local", "slurm")
 ASK = 2  # seconds between two looks at a cell that another process trains
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 _ticks = None  # set in each worker by its initializer
 
 
@@ -45,6 +50,20 @@ class Outcome:
     trained: int
     present: int
     out_of_time: int  # cells that were not finished; what they had is checkpointed
+
+
+class NotTrained(UserError):
+    """Cells that failed, and those that wait for them; the others have been trained.
+
+    failed: key -> why, the first one no cell that waits; of: how many were to be trained.
+    """
+
+    def __init__(self, failed: dict[str, str], of: int, late: int = 0):
+        self.failed, why = failed, next(iter(failed.values()))
+        more = f", {late} not finished in the time given" if late else ""
+        super().__init__(
+            f"{len(failed)} of {of} cells were not trained{more}; {why}" if of > 1 else why
+        )
 
 
 def settle(threads: int) -> None:
@@ -79,10 +98,11 @@ def start_worker(ticks, threads: int, sources: list[own.Source]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dict) -> str:
+def work(planned: Planned, cells: dict[str, Planned], store: Held, options: dict) -> str:
     """In a worker: one cell, with options of `run_cell`.
 
-    "finished"; "late" where time ran out, "crowded" where the GPU's memory did: both go on later.
+    "finished"; "late" where time ran out, "crowded" where the GPU's memory did, "overtaken" where
+    another run has taken the cell over: they go on later.
     """
     on_gpu = options["device"].startswith("cuda")
 
@@ -95,21 +115,30 @@ def work(planned: Planned, cells: dict[str, Planned], store: Store, options: dic
         return "finished"
     except OutOfTime:
         return "late"
+    except Overtaken:
+        return "overtaken"
     except torch.OutOfMemoryError as error:
-        if error.__traceback__ is not None:  # frames hold the cell's tensors
-            traceback.clear_frames(error.__traceback__)
-        torch.cuda.empty_cache()
+        let_go(error)
         return "crowded"
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
+        let_go(error)
+        if store.overtaken(planned.key):  # who has may have removed what this one was writing
+            return "overtaken"
         raise
     except Exception as error:  # a fault of ours: one line for the user, the rest in a file
         log = store.folder(planned.key) / "error.txt"
         write_bytes(log, traceback.format_exc().encode())
+        let_go(error)
         said = (str(error).splitlines() or ["no message"])[0]
-        raise UserError(
-            f"cell {planned.key[:16]} ({', '.join(planned.rows)}, seed {planned.cell.seed}) failed "
-            f"with {type(error).__name__}: {said} (see {log})."
-        ) from None
+        raise UserError(f"it failed with {type(error).__name__}: {said} (see {log}).") from None
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free the tensors of a cell, which the frames of its error hold: this worker goes on."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    torch.cuda.empty_cache()
 
 
 def device_here(wanted: str | None) -> str:
@@ -138,16 +167,38 @@ def urgency(missing: list[Planned], costs: dict[str, float]) -> dict[str, float]
 
 def check_writable(store: Store) -> None:
     """Raises: UserError where results cannot be written."""
+    name = f".writable.{platform.node()}.{secrets.token_hex(4)}"  # of all that share the folder
     try:
         store.runs.mkdir(parents=True, exist_ok=True)
-        probe = store.runs / f".writable.{os.getpid()}"
+        probe = store.runs / name
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{store.runs} cannot be written ({error.strerror}): make room, or change its "
-            "permissions."
-        ) from None
+        raise UserError(f"{trouble(error, store.runs)}.") from None
+
+
+def trouble(error: OSError, folder: Path) -> str:
+    """What is wrong with a file, and the remedy where it is known; folder: named where the error
+    names none."""
+    said = error.strerror or str(error) or type(error).__name__
+    if error.errno in UNWRITABLE:
+        where = error.filename or folder
+        return f"{where} cannot be written ({said}): make room, or change its permissions"
+    return f"{error.filename}: {said}" if error.filename else said
+
+
+def named(planned: Planned) -> str:
+    """A cell as it is told to the user."""
+    return f"cell {planned.key[:16]} ({', '.join((*planned.rows, f'seed {planned.cell.seed}'))})"
+
+
+def lost_with(key: str, missing: list[Planned], waiting: dict[str, Planned]) -> list[str]:
+    """The cells that wait for this one, parents first."""
+    lost = {key}
+    for planned in missing:
+        if planned.key in waiting and lost & set(planned.parents.values()):
+            lost.add(planned.key)
+    return [planned.key for planned in missing if planned.key in lost - {key}]
 
 
 def run_plan(
@@ -177,7 +228,8 @@ def run_plan(
     Several runs may share a store, on one machine or many: each cell is trained by one of them at
     a time (replib.experiments.claims), and the others wait for it where they need it.
     Where torchrun has started several processes, they train the cells together, one by one.
-    Raises: UserError where results cannot be written, or a worker died.
+    Raises: UserError where results cannot be written, or a worker died; NotTrained, at the end,
+    where cells failed: those that do not start from them, or learn from them, are trained.
     """
     if executor not in EXECUTORS:
         raise UserError(f"executor (={executor!r}) must be one of {', '.join(EXECUTORS)}.")
@@ -191,7 +243,7 @@ def run_plan(
         raise UserError(f"--slurm {slurm[0]} is for --executor slurm, which is not asked for.")
     started, device = time.monotonic(), device_here(device)
     deadline = None if budget_seconds is None else started + budget_seconds
-    missing = plan.missing(store)
+    missing = agreed(plan, plan.missing(store))
     present = len(plan.cells) - len(missing)
     if not missing:
         return Outcome(0, present, 0)
@@ -209,6 +261,7 @@ def run_plan(
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}
     claims, held, asked = Claims(), {}, {}  # key -> our claim; key -> when another's was seen
+    failed: dict[str, str] = {}  # key -> why
     trained, stopped, begun = 0, 0, None
     bar = tqdm(
         total=sum(planned.epochs for planned in missing),
@@ -231,9 +284,14 @@ def run_plan(
                 # Submitted only when a worker is free, so that a budget can stop the rest.
                 limit = most if packing is None else packing.wanted
                 blocked = any(p in waiting or p in now_running for p in planned.parents.values())
-                if late or blocked or len(running) >= limit:
+                full = len(running) >= limit
+                if late or blocked or (full and key not in asked):
                     continue
-                if key in asked and time.monotonic() - asked[key] < ASK:
+                if key in asked and time.monotonic() - asked[key] < (BEAT if full else ASK):
+                    continue
+                if full:  # so that a holder that has died is found dead by the time of its turn
+                    claims.look(store.folder(key))
+                    asked[key] = time.monotonic()
                     continue
                 claim = claims.take(store.folder(key))
                 if claim is None:
@@ -257,7 +315,8 @@ def run_plan(
                     "deadline": deadline,
                     "checkpoint_seconds": checkpoint_seconds,
                 }
-                running[pool.submit(work, planned, family, store, options)] = planned
+                here = Held(store, claim.number)
+                running[pool.submit(work, planned, family, here, options)] = planned
                 now_running.add(key)
                 del waiting[key]
             begun = begun or time.monotonic()
@@ -280,19 +339,37 @@ def run_plan(
                     epoch = costs[key] / plan.cells[key].epochs
                     packing.tick(frozenset(now_running), key, epoch, now)
             for future in done:
-                end, planned = future.result(), running.pop(future)
+                why = None
+                try:
+                    end = future.result()
+                except UserError as error:
+                    end, why = "failed", str(error)
+                except OSError as error:
+                    if error.errno in UNWRITABLE:  # which the other cells would find, too
+                        raise
+                    end, why = "failed", f"{trouble(error, store.runs)}."
+                planned = running.pop(future)
                 trained += end == "finished"
-                held.pop(planned.key).release(finished=end == "finished")
+                claim = held.pop(planned.key)
+                claim.release(finished=end == "finished")
                 stopped += end == "late"
-                if end == "crowded":
-                    if packing is None or len(now_running) == 1:
-                        raise UserError(
-                            f"cell {planned.key[:16]} ({', '.join(planned.rows)}) needs more "
-                            "memory than the GPU has: choose a smaller batch_size, or fewer "
-                            "--workers."
-                        )
+                if end == "overtaken":  # this one was away for long; the other is waited for
+                    bar.write(f"Another run has taken over {named(planned)}.")
+                    bar.update(-claim.epochs)
+                    waiting[planned.key], asked[planned.key] = planned, time.monotonic()
+                if end == "crowded" and packing is not None and len(now_running) > 1:
                     packing.out_of_memory(len(now_running))
                     waiting = {planned.key: planned, **waiting}
+                elif end == "crowded":
+                    why = "it needs more memory than the GPU has: choose a smaller batch_size, or "
+                    why += "fewer --workers."
+                if why is not None:
+                    failed[planned.key] = f"{named(planned)}: {why}"
+                    for key in lost_with(planned.key, missing, waiting):
+                        why = f"it waits for {named(planned)}, which failed."
+                        failed[key] = f"{named(waiting.pop(key))}: {why}"
+                    if waiting or running:
+                        bar.write(f"{failed[planned.key]} Other cells are trained all the same.")
         drain(ticks, bar)
     except BrokenProcessPool:
         raise UserError(
@@ -300,11 +377,7 @@ def run_plan(
             "command again, perhaps with --workers 1."
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{getattr(error, 'filename', None) or store.runs} cannot be written "
-            f"({error.strerror or error}): make room, or change its permissions; finished cells "
-            "are kept."
-        ) from None
+        raise UserError(f"{trouble(error, store.runs)}; finished cells are kept.") from None
     finally:
         bar.close()
         for process in list((pool._processes or {}).values()):
@@ -312,12 +385,31 @@ def run_plan(
         pool.shutdown(wait=True, cancel_futures=True)
         for claim in held.values():
             claim.release()
-    return Outcome(trained, present, stopped + len(running) + len(waiting))
+    left = stopped + len(running) + len(waiting)
+    if failed:
+        raise NotTrained(failed, len(missing), left)
+    return Outcome(trained, present, left)
 
 
 def finished_since(key: str, store: Store) -> bool:
     """Whether another process has finished a cell since it was planned."""
     return store.read(key) is not None and store.has_weights(key)
+
+
+def agreed(plan: Plan, missing: list[Planned]) -> list[Planned]:
+    """The missing cells as the first process sees them: another may see files of the store later.
+
+    Raises: UserError, in all processes, where one does not know a cell.
+    """
+    keys = parallel.of_all([planned.key for planned in missing])[0]
+    unknown = [key for key in keys if key not in plan.cells]
+    for place, (machine, lacks) in enumerate(parallel.of_all((platform.node(), unknown[:1]))):
+        for key in lacks:
+            raise UserError(
+                f"process {place}, on {machine}, does not know cell {key[:16]}, which process 0 "
+                "is to train: give all nodes the same code, parameters and data."
+            )
+    return [plan.cells[key] for key in keys]
 
 
 def one_by_one(
@@ -327,34 +419,43 @@ def one_by_one(
     settle(1)
     present, quiet = len(plan.cells) - len(missing), parallel.place() > 0
     total, claims, trained = sum(planned.epochs for planned in missing), Claims(), 0
-    title = f"{title} {len(missing)} cells".strip()
+    title, left = f"{title} {len(missing)} cells".strip(), list(missing)  # parents come first
     with tqdm(total=total, desc=title, unit="epoch", disable=quiet, file=sys.stdout) as bar:
-        for done, planned in enumerate(missing):  # parents come first
+        say = (lambda text: None) if quiet else bar.write
+        while left:
+            planned = left[0]
             parallel.wait()  # for files of the first process
             claim, there = claimed_together(planned.key, claims, store)
             if there:
                 bar.update(planned.epochs)
+                left.pop(0)
                 continue
+            held = Held(store, -1 if claim is None else claim.number)
 
-            def tick(resumed: int = 0, claim=claim) -> None:
+            def tick(resumed: int = 0, claim=claim, held=held, key=planned.key) -> None:
                 bar.update(resumed or 1)
                 if claim is not None:
                     claim.epochs += resumed or 1
+                held.check(key)  # all stop together, here
 
             end = False
             try:
                 run_cell(
                     planned,
                     plan.cells,
-                    store,
+                    held,
                     tick=tick,
-                    say=(lambda text: None) if quiet else bar.write,
+                    say=say,
                     decoders=max(1, cores() // parallel.processes()),
                     **options,
                 )
                 end, trained = True, trained + 1
+                left.pop(0)
             except OutOfTime:
-                return Outcome(trained, present + done - trained, len(missing) - done)
+                return Outcome(trained, len(plan.cells) - len(left) - trained, len(left))
+            except Overtaken:  # these were away for long; the other is waited for
+                say(f"Another run has taken over {named(planned)}.")
+                bar.update(0 if claim is None else -claim.epochs)
             finally:
                 if claim is not None:
                     claim.release(finished=end)

@@ -34,13 +34,21 @@ from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from replib import parallel
+from replib.blocks import own
 from replib.errors import UserError
 from replib.experiments import executor
 from replib.experiments.cells import Plan, Planned, cost_of, dataset, key_of
 from replib.experiments.claims import Claim, Claims, progress
-from replib.experiments.executor import Outcome, check_writable, finished_since, urgency
+from replib.experiments.executor import (
+    NotTrained,
+    Outcome,
+    check_writable,
+    finished_since,
+    urgency,
+)
 from replib.experiments.params import Strict, in_one_line, parse_yaml
 from replib.experiments.store import Store
+from replib.machine import commit
 from replib.training.checkpoint import write_bytes
 
 POLL = 5  # seconds between two looks at the store
@@ -49,6 +57,7 @@ SETTLE = 60  # seconds in which files of a job that has ended become visible her
 REQUEUES = 10**6  # of a job at the end of its time: as often as it takes
 WARNING = 60  # seconds before the end of its time in which a job requeues itself
 ARRAY = 1000  # jobs of an array; Slurm's MaxArraySize is 1001 where nobody changed it
+CODE = Path(__file__).parent  # whose commit a job compares
 
 
 class Options(Strict):
@@ -101,23 +110,36 @@ class Job:
     requeues a job whose time is over."""
 
     root: Path  # of the store
-    error: Path  # where to say in one line why it failed
+    error: Path  # where to say why it failed, a line for each cell that did
     plan: Plan
     options: dict  # of `run_plan`
+    sources: tuple[own.Source, ...] = ()  # of families of blocks of the user's own, as it read them
+    commit: str = "unknown"  # of the code that submitted it
 
     def __call__(self) -> None:
         os.environ["REPLIB_HOME"] = str(self.root)
         self.error.unlink(missing_ok=True)
+        here = commit(CODE)
+        if here != self.commit and "unknown" not in (here, self.commit):
+            print(
+                f"replib: this job was submitted from commit {self.commit} and is run by {here}: "
+                "it trains the cells whose keys are the same.",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
+            for source in self.sources:
+                own.run(source)
             for planned in self.plan.cells.values():
                 if key_of(planned.cell, dataset(planned.cell).digest) != planned.key:
                     raise UserError(
-                        f"cell {planned.key[:16]} is another one by now: the code, or the data, "
-                        "changed since it was submitted; run the same command again."
+                        f"cell {planned.key[:16]} is another one by now: a version of the code, or "
+                        "the data, changed since it was submitted; run the same command again."
                     )
             executor.run_plan(self.plan, Store(self.root), **self.options)
         except UserError as error:
-            write_bytes(self.error, f"{error}\n".encode())
+            why = error.failed.values() if isinstance(error, NotTrained) else [error]
+            write_bytes(self.error, "".join(f"{UserError(line)}\n" for line in why).encode())
             sys.exit(f"replib: {error}")
 
     def checkpoint(self):
@@ -229,10 +251,7 @@ def run_on_slurm(
     head.submit()
     failed = head.watch(title)
     if failed:
-        key, why = next(iter(failed.items()))
-        raise UserError(
-            f"{len(failed)} of {len(missing)} cells were not trained; cell {key[:16]}: {why}"
-        )
+        raise NotTrained(failed, len(missing))
     return Outcome(len(missing), present, 0)
 
 
@@ -315,17 +334,7 @@ class Head:
             made = submitit.SlurmExecutor(self.folder / "log", max_num_timeout=REQUEUES)
             made.update_parameters(**self.parameters(batch.name, after))
             with made.batch():
-                submitted = [
-                    made.submit(
-                        Job(
-                            self.store.runs.parents[1],
-                            self.error_of(batch, number),
-                            self.plan.of(keys),
-                            self.of_jobs,
-                        )
-                    )
-                    for number, keys in enumerate(jobs)
-                ]
+                submitted = [made.submit(job) for job in self.jobs_of(batch)]
         except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
             (self.folder / f"{batch.name}.json").unlink(missing_ok=True)
             said = [line for line in str(error).splitlines() if "error" in line.lower()]
@@ -336,6 +345,21 @@ class Head:
         batch.ids = [str(job.job_id) for job in submitted]
         batch.write(self.folder)
         return batch
+
+    def jobs_of(self, batch: Batch) -> list[Job]:
+        """What the jobs of a batch do."""
+        root, sources = self.store.runs.parents[1], tuple(own.sources())
+        return [
+            Job(
+                root,
+                self.error_of(batch, number),
+                self.plan.of(keys),
+                self.of_jobs,
+                sources,
+                commit(CODE),
+            )
+            for number, keys in enumerate(batch.jobs)
+        ]
 
     def parameters(self, name: str, after: frozenset[str]) -> dict:
         """What submitit asks sbatch for."""
@@ -428,7 +452,7 @@ class Head:
                 continue
             why, log = self.said(key)
             if why or now - self.gone.setdefault(key, now) > SETTLE:
-                out[key] = why or f"its job ended without a result (see {log})."
+                out[key] = why or f"cell {key[:16]}: its job ended without a result (see {log})."
         return out
 
     def said(self, key: str) -> tuple[str | None, Path]:
@@ -441,7 +465,9 @@ class Head:
                         log.parent / "log" / f"{batch.ids[number] if batch.ids else '*'}_0_log.err"
                     )
                     with contextlib.suppress(OSError):
-                        return self.error_of(batch, number).read_text().strip(), log
+                        lines = self.error_of(batch, number).read_text().splitlines()
+                        own_line = (one for one in lines if one.startswith(f"cell {key[:16]}"))
+                        return next(own_line, (lines or [None])[0]), log
         return None, log
 
 
