@@ -214,6 +214,24 @@ def test_cells_wait_for_those_that_they_start_from(cluster):
     assert sorted(map(len, (jobs for jobs, _ in rest))) == [1, 1, 2, 2]
 
 
+def test_an_entry_of_a_queue_comes_before_the_next(cluster):
+    """However long the cells of the next one are; among those of one, long ones come first."""
+    both = Plan()
+    for name, epochs in (("first", (1, 2)), ("second", (8, 9))):
+        rows = {f"{name}{n}": {"label": name, "set": {"epochs": n}} for n in epochs}
+        both.take(
+            plan(
+                Table.model_validate(
+                    dict(title="t", question="q", control=next(iter(rows)), seeds=[0], cell=CELL,
+                         rows=rows)
+                )
+            )
+        )  # fmt: skip
+    head_of(both).submit()
+    ((jobs, _),) = cluster.arrays
+    assert named(both, jobs) == [{"first2"}, {"first1"}, {"second9"}, {"second8"}]
+
+
 def test_several_cells_in_a_job(cluster):
     made = table({name: {"label": name, "set": {"learning_rate": 0.1 + i / 50}}
                   for i, name in enumerate("abcde")})  # fmt: skip

@@ -328,8 +328,9 @@ class Head:
             ids |= self.known(self.answer())
             missing = [planned for key, planned in self.left.items() if key not in ids]
             costs = {planned.key: cost_of(planned, self.plan.cells) for planned in missing}
-            first = urgency(missing, costs)
-            waiting = {p.key: p for p in sorted(missing, key=lambda p: -first[p.key])}
+            first, turn = urgency(missing, costs), self.plan.turn
+            order = sorted(missing, key=lambda p: (turn.get(p.key, 0), -first[p.key]))
+            waiting = {planned.key: planned for planned in order}
             while waiting:
                 groups: dict[frozenset[str], list[str]] = {}  # by the jobs that come before
                 for key, planned in waiting.items():
