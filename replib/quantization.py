@@ -27,6 +27,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,6 +42,8 @@ WEIGHTS = ("tensor", "channel")  # what has one scale: a kernel, or each of its 
 # and cutting off lose least, by a histogram; None: maps stay float32.
 CALIBRATIONS = ("minmax", "histogram", None)
 LAYERS = (*CONVOLUTIONS, nn.Linear)
+# What computes otherwise in train mode; an exported graph has it as in eval mode.
+STILL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 MOVING = 0.01  # weight of a batch in the moving average of a range, in training
 LEAST_SCALE = 2.0**-24  # of numbers that are all 0
 
@@ -57,7 +60,7 @@ def check_packages() -> None:
 @torch.no_grad()
 def quantize(
     fused: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor] | Tensor,
     weights: str = "tensor",
     activations: str | None = "minmax",
     bits: int = 8,
@@ -65,8 +68,8 @@ def quantize(
     """A copy of a deployed network in 8 bits, calibrated after training (PTQ).
 
     fused: what `replib.fuse` returns, in eval mode. batches: calibration images (N, C, *space)
-    where the network is, normalised as in testing. weights: of `WEIGHTS`; activations: of
-    `CALIBRATIONS`. bits: of weights, 2 to 8; maps have 8.
+    where the network is, normalised as in testing; one tensor is one batch. weights: of `WEIGHTS`;
+    activations: of `CALIBRATIONS`. bits: of weights, 2 to 8; maps have 8.
     Raises: ValueError for other values, for a network in train mode or with blocks that are not
     fused, and without images; UserError where torchao is missing or the network cannot be exported.
     """
@@ -76,11 +79,23 @@ def quantize(
     return finished(prepared)
 
 
-def trainable(fused: nn.Module, batches: Iterable[Tensor], weights: str = "tensor") -> Trainable:
+def trainable(
+    fused: nn.Module, batches: Iterable[Tensor] | Tensor, weights: str = "tensor"
+) -> Trainable:
     """A copy of a deployed network that rounds to 8 bits as it computes, for training (QAT).
 
-    Arguments and errors as of `quantize`; ranges of maps begin as those of the batches.
+    Arguments and errors as of `quantize`; ranges of maps begin as those of the batches. What it
+    computes is the network in eval mode, also while it is trained: dropout drops nothing, and norms
+    that are left keep their statistics. A warning names them.
     """
+    still = [n for n, m in fused.named_modules() if isinstance(m, STILL) and getattr(m, "p", 1)]
+    if still:
+        kind = type(fused.get_submodule(still[0])).__name__
+        warnings.warn(
+            f"{still[0]} ({kind}) stays as in eval mode while the network is trained in 8 bits"
+            + (f", like {len(still) - 1} more." if still[1:] else "."),
+            stacklevel=2,
+        )
     return Trainable(observed(fused, batches, weights, "minmax", training=True)).eval()
 
 
@@ -120,16 +135,15 @@ class Trainable(nn.Module):
     def train(self, mode: bool = True) -> Trainable:
         for module in self.modules():  # an exported graph has no train() and eval() of its own
             module.training = mode
-        for module in self.graph.modules():
-            if getattr(module, "dtype", None) == torch.uint8 and hasattr(module, "enable_observer"):
-                module.enable_observer(mode)
+        for module in rounded_maps(self.graph):
+            module.enable_observer(mode)
         return self
 
 
 # -- torchao ---------------------------------------------------------------------------------------
 def observed(
     fused: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor] | Tensor,
     weights: str,
     activations: str | None,
     training: bool,
@@ -148,7 +162,7 @@ def observed(
     check_packages()
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
-    batches = iter(batches)
+    batches = in_batches(batches)
     first = next(batches, None)
     if first is None or not len(first):
         raise ValueError("batches must hold images: ranges are calibrated on them.")
@@ -157,10 +171,43 @@ def observed(
         rules = quantizer(weights, activations, training, 2 ** (bits - 1) - 1)
         prepared = prepare(exported(fused, first), rules)
     with torch.no_grad():
-        prepared(first)
-        for batch in batches:
-            prepared(batch)
+        calibrate(prepared, chain([first], batches))
     return prepared
+
+
+def in_batches(batches: Iterable[Tensor] | Tensor) -> Iterator[Tensor]:
+    """The batches, of which one tensor (N, C, *space) is one."""
+    return iter([batches] if isinstance(batches, Tensor) else batches)
+
+
+def calibrate(prepared: fx.GraphModule, batches: Iterable[Tensor]) -> None:
+    """Show a graph its batches. What is to follow a moving average in training begins with the
+    smallest and largest value of all of them, not with those of the first."""
+    rounding = list(rounded_maps(prepared))
+    ranges: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        for each in rounding:
+            each.activation_post_process.reset_min_max_vals()
+        prepared(batch)
+        seen = [(e.activation_post_process.min_val, e.activation_post_process.max_val)
+                for e in rounding]  # fmt: skip
+        ranges = [
+            (torch.minimum(low, least), torch.maximum(high, most))
+            for (low, high), (least, most) in zip(ranges or seen, seen, strict=True)
+        ]
+    for each, (low, high) in zip(rounding, ranges, strict=True):
+        each.activation_post_process.min_val.copy_(low)
+        each.activation_post_process.max_val.copy_(high)
+        scale, zero_point = each.calculate_qparams()
+        each.scale.copy_(scale)
+        each.zero_point.copy_(zero_point)
+
+
+def rounded_maps(graph: fx.GraphModule) -> Iterator[nn.Module]:
+    """What rounds maps in a graph that is trained; there is nothing such in others."""
+    for module in graph.modules():
+        if getattr(module, "dtype", None) == torch.uint8 and hasattr(module, "enable_observer"):
+            yield module
 
 
 def refuse_training(model: nn.Module) -> None:
@@ -261,6 +308,11 @@ def finished(prepared: fx.GraphModule) -> fx.GraphModule:
     with quiet():
         out = convert_pt2e(prepared)
         move_exported_model_to_eval(out)
+    used = {node.target for node in out.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(out.named_parameters()):
+        if name not in used:  # kernels in float32, of which those in 8 bits are made
+            holder, _, leaf = name.rpartition(".")
+            delattr(out.get_submodule(holder), leaf)
     for module in out.modules():
         module.training = False
     return out
@@ -282,7 +334,7 @@ def quiet() -> Iterator[None]:
 
 # -- ranges ----------------------------------------------------------------------------------------
 @torch.no_grad()
-def layer_ranges(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
+def layer_ranges(model: nn.Module, batches: Iterable[Tensor] | Tensor) -> list[dict]:
     """The ranges of weights and outputs of every layer, in the network's order; as plain data.
 
     A convolution or linear layer is one line. A block that is not fused is a line for each branch,
@@ -310,7 +362,7 @@ def layer_ranges(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
         for name, layer in layers.items()
     ]
     try:
-        for batch in batches:
+        for batch in in_batches(batches):
             model(batch)
     finally:
         for hook in hooks:

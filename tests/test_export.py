@@ -16,7 +16,7 @@ from replib.checkpoint import save_model
 from replib.errors import UserError
 from replib.export import OPSET, PROGRAMS, Format, OnnxModel, opset_of, read_program
 from replib.models import build
-from replib.verification import allowed, relative_error
+from replib.verification import allowed, end_to_end, relative_error
 
 torch.set_num_threads(1)
 # torch's exporter to ONNX takes a second or more for the smallest network.
@@ -284,3 +284,29 @@ def test_deploy_writes_onnx_too(network, project, capfd):
     assert main(["deploy", str(network), "--data", "digits", "--out", str(out)]) == 0
     assert f"{out}: {out.stat().st_size:,} bytes" in capfd.readouterr().out
     assert opset_of(out) == OPSET
+
+
+class Casts(nn.Module):
+    """A network that knows one type."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+def test_a_network_with_a_cast_of_its_own_is_compared_in_its_own_type(tmp_path):
+    report = export(Casts().eval(), tmp_path / "net.pt2", torch.randn(4, 2, 6, 6))
+    assert report.ok and "it cannot be run in float64" in str(report)
+    assert (tmp_path / "net.pt2").is_file()
+
+
+def test_where_rounding_grows_a_runtime_may_be_off_by_more_than_the_network_itself():
+    wanted = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    itself, other = wanted + 2e-4, wanted + 2e-3
+    for slack, ok in ((4, False), (16, True)):
+        assert end_to_end(other, itself, wanted, 1e-5, slack=slack)[0].ok is ok
+    assert not end_to_end(other, wanted + 1e-6, wanted, 1e-5, slack=16)[0].ok, "it is exact"
+    assert not end_to_end(wanted + 1.0, wanted + 0.3, wanted, 1e-5, slack=16)[0].ok

@@ -11,7 +11,7 @@ from replib.benchmark import latency as measured
 from replib.benchmark import running, timing
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES
-from replib.benchmark.latency import FORMS, LATENCY, TRAINING, Form, latency, size
+from replib.benchmark.latency import FORMS, LATENCY, TRAINING, Form, as_far, latency, size
 from replib.benchmark.setting import TIERS, Setting, Subject
 from replib.benchmark.subjects import LeftOut, stack
 from replib.fusing import fuse
@@ -99,6 +99,14 @@ def test_eight_bits_may_be_as_far_from_float64_as_they_are_in_floating_point(mon
     forms(monkeypatch, **{name: Form(doubled, form.rounded, contiguous=True)})
     with pytest.raises(Unequal, match="8 bits, ONNX Runtime, batch 1: outputs differ"):
         latency(lambda setting: SMALL, QUICK)
+
+
+def test_nothing_at_all_is_not_the_same_as_a_network_that_rounding_has_ruined():
+    wanted = torch.tensor([[1.0, 2.0, -2.0]], dtype=torch.float64)
+    ruined = torch.tensor([[-1.0, 1.5, -1.0]])
+    assert as_far(ruined + 0.1, ruined, wanted)["equal"]
+    for other in (0 * ruined, -ruined, ruined.roll(1, 1)):
+        assert not as_far(other, ruined, wanted)["equal"]
 
 
 @pytest.mark.slow

@@ -110,6 +110,19 @@ def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch)
     assert all(one["found"] == first["found"] for one in again)
 
 
+def test_what_was_measured_stays_when_weights_go(at, monkeypatch):
+    """Of some cells or of all; what is missing is measured where weights are."""
+    results = at("magnitudes")
+    first = results.measure("cpu")
+    kept, store = first["cells"][0]["key"], type(results.store)
+    monkeypatch.setattr(store, "has_weights", lambda self, key: key == kept)
+    assert results.measure("cpu") == first
+    monkeypatch.setattr(store, "has_weights", lambda self, key: False)
+    assert results.measure("cpu") == first
+    measurements.path_of(results.store, "magnitudes9", "tiny").unlink()
+    assert results.measure("cpu") is None
+
+
 def test_published_numbers_without_their_evidence_are_not_shown(at):
     results = at("norm_slopes")
     first = results.measure("cpu")

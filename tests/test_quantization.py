@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_blocks import scrambled
 from torch import nn
 
-from replib import fuse
+from replib import export, fuse
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import cells, measurements
@@ -17,7 +17,7 @@ from replib.experiments.params import Cell
 from replib.experiments.store import Store
 from replib.models import build
 from replib.networks import outermost_blocks
-from replib.quantization import converted, layer_ranges, quantize, trainable
+from replib.quantization import converted, layer_ranges, quantize, rounded_maps, trainable
 from replib.training.evaluation import Split, accuracy
 from replib.training.loop import OutOfTime
 
@@ -138,6 +138,37 @@ def test_training_moves_ranges_and_what_it_leaves_is_what_is_converted():
     again = trainable(net, [torch.ones(1, 2, 6, 6)])
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(x), after), "ranges are among its weights"
+
+
+def test_ranges_of_training_begin_with_those_of_all_batches():
+    """Not with a moving average of them, in which all but the first weigh little."""
+    net = one_layer()
+    x = drawn(4, 2, 5, 5)
+    for batches in ([x, 10 * x, -20 * x], [10 * x, x], x):
+        model = trainable(net, batches)
+        (rounding,) = rounded_maps(model.graph)
+        seen = torch.cat(list(batches)) if isinstance(batches, list) else batches
+        step = (seen.max() - seen.min()) / 255
+        torch.testing.assert_close(rounding.scale, step.view(1))
+        with torch.no_grad():
+            assert (model(seen) - net(seen)).abs().max() < 0.05 * net(seen).max(), "not cut off"
+    with pytest.warns(UserWarning, match=r"1 \(Dropout\) stays as in eval mode .* like 1 more"):
+        trainable(nn.Sequential(net, nn.Dropout(0.5), nn.BatchNorm2d(3)).eval(), x)
+
+
+def test_what_is_stored_has_eight_bits():
+    """And one tensor of images is one batch."""
+    net = nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    x = drawn(4, 2, 7, 7)
+    found = quantize(net, x)
+    kernels = sum(conv.weight.numel() for conv in (net[0], net[2]))
+    floats = [t for t in found.state_dict().values() if t.dtype != torch.int8]
+    assert sum(t.numel() for t in found.state_dict().values() if t.dtype == torch.int8) == kernels
+    assert sum(t.numel() for t in floats) == 2 * 64, "biases"
+    assert torch.equal(found(x), quantize(net, [x])(x))
+    assert layer_ranges(net, x) == layer_ranges(net, [x])
+    with pytest.raises(UserError, match="a network in 8 bits cannot be proved"):
+        export(found, "network.pt2", x)
 
 
 def test_mistakes_are_told(monkeypatch):

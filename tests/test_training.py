@@ -1,6 +1,7 @@
 """The training loop: schedules, selection, phases, and resuming bit for bit."""
 
 import copy
+import dataclasses
 import functools
 import io
 import math
@@ -320,3 +321,11 @@ def test_flops_are_those_of_the_convolutions():
     plain = [9 * b.in_channels * b.out_channels * s for b, s in zip(blocks, space, strict=True)]
     assert report["flops"] == 2 * (sum(plain) + last)
     assert report["fusing_error"] < 1e-5
+
+
+def test_flops_are_those_of_the_crops_that_are_trained_on():
+    """The whole image is another size: what is cropped of 8 x 8 pixels is made 16 x 16."""
+    run, crops = task(method=False), task(method=False, augmentation=Augmentation(resized_crop=16))
+    enlarged = run.data.train_images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    run.data = dataclasses.replace(run.data, train_images=enlarged)
+    assert training_flops(crops) == training_flops(run)

@@ -1,6 +1,7 @@
 """Detection and segmentation: files as data, boxes and maps through augmentation, scores against
 the sets' own, backbones of blocks that are dilated, fused and frozen, and runs that are stopped."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from conftest import at_home, with_checkpoints
 from PIL import Image
 from test_blocks import scrambled
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from replib.blocks import BLOCKS, RepBlock
 from replib.errors import UserError
@@ -19,15 +21,16 @@ from replib.experiments import cells
 from replib.experiments.cells import dataset, groups_of, key_of, new_model, plan, run_cell
 from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store
+from replib.models import build
 from replib.networks import dilate
 from replib.report.page import Page
 from replib.report.results import Results
 from replib.training import shapes
-from replib.training.loop import OutOfTime, Task, fit
+from replib.training.loop import OutOfTime, Task, fit, training_flops
 from replib.transfer import data as scenes
 from replib.transfer import tasks
 from replib.transfer.data import FILL, IGNORED, TRAIN_IDS, boxes_in, fitted, load_cityscapes
-from replib.transfer.networks import averages
+from replib.transfer.networks import averages, network
 from replib.transfer.tasks import Boxes, Detection, Maps, Scene, Segmentation
 
 COUNTS = {"train": 12, "val": 6}
@@ -173,7 +176,7 @@ def test_training_images_without_a_box_are_left_out(drawn, tmp_path):
     for one in said["annotations"]:
         one["iscrowd"] = int(one["iscrowd"] or one["image_id"] == second)
     for trained, left in ((True, 10), (False, 12)):
-        files, rows = scenes.boxes_of(path, said, drawn["shapes-coco"] / "train2017", trained)
+        files, rows, _ = scenes.boxes_of(path, said, drawn["shapes-coco"] / "train2017", trained)
         assert len(files) == len(rows) == left
 
 
@@ -230,12 +233,18 @@ def broken(folder, **files):
     return folder
 
 
-def listed(image):
-    """A file of one image, 1, and a box in the one that is named."""
-    box = {"image_id": image, "bbox": [0, 0, 1, 1], "category_id": 1, "iscrowd": 0}
-    images = [{"id": 1, "file_name": "a.jpg", "height": 8, "width": 8}]
-    kinds = [{"id": 1, "name": "a"}]
-    return json.dumps({"images": images, "annotations": [box], "categories": kinds})
+IMAGE = {"id": 1, "file_name": "a.png", "height": 4, "width": 6}
+KIND = {"id": 1, "name": "a"}
+BOX = {"id": 7, "image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 1, "iscrowd": 0}
+
+
+def listed(images=(IMAGE,), categories=(KIND,), annotations=(BOX,)):
+    """A file of one image and a box in it."""
+    return json.dumps({"images": images, "annotations": annotations, "categories": categories})
+
+
+def without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
 
 
 @pytest.mark.parametrize(
@@ -245,12 +254,8 @@ def listed(image):
         ({"annotations__instances_train2017.json": "[]"}, ["images, annotations and categories"]),
         ({"annotations__instances_train2017.json": "{"}, ["images, annotations and categories"]),
         (
-            {"annotations__instances_train2017.json": listed(image=2)},
-            ["an annotation is not COCO's", "KeyError"],
-        ),
-        (
-            {"annotations__instances_train2017.json": listed(image=1)},
-            ["train2017/a.jpg is not there", "unpack the images there"],
+            {"annotations__instances_train2017.json": listed()},
+            ["train2017/a.png is not there", "unpack the images there"],
         ),
     ],
 )
@@ -258,6 +263,77 @@ def test_a_folder_that_is_not_cocos_is_told_in_one_line(files, named, tmp_path):
     with pytest.raises(UserError) as caught:
         scenes.load("coco", str(broken(tmp_path, **files)))
     assert all(text in str(caught.value) for text in named), caught.value
+
+
+@pytest.mark.parametrize(
+    "lists, named",
+    [
+        ({"categories": [without(KIND, "name")]}, "categories[0]: name is missing"),
+        ({"categories": [without(KIND, "id")]}, "categories[0]: id is missing"),
+        ({"categories": [KIND | {"name": 3}]}, "categories[0]: name (=3) must be text"),
+        ({"categories": [KIND, KIND | {"name": "b"}]}, "categories[1]: id (=1) stands twice"),
+        ({"images": [without(IMAGE, "file_name")]}, "images[0]: file_name is missing"),
+        ({"images": [IMAGE, IMAGE]}, "images[1]: id (=1) stands twice"),
+        ({"images": ["a.png"]}, "images[0]: id is missing"),
+        (
+            {"annotations": [BOX, BOX | {"image_id": 2}]},
+            "annotation 7: image_id (=2) is not listed",
+        ),
+        ({"annotations": [BOX | {"category_id": [2]}]}, "annotation 7: category_id (=[2]) is not"),
+        ({"annotations": [without(BOX, "category_id")]}, "annotation 7: category_id is missing"),
+        ({"annotations": [without({"bbox": 1}, "id")]}, "annotations[0]: image_id is missing"),
+        ({"annotations": [7]}, "annotations[0]: image_id is missing"),
+        (
+            {"annotations": [BOX | {"bbox": [0, 0, 1]}]},
+            "annotation 7: bbox (=[0, 0, 1]) must be four",
+        ),
+        ({"annotations": [BOX | {"bbox": [0, 0, 1, "a"]}]}, "annotation 7: bbox (=[0, 0, 1, 'a'])"),
+        (
+            {"annotations": [BOX | {"iscrowd": None}]},
+            "annotation 7: bbox (=[0, 0, 1, 1]) must be four",
+        ),
+    ],
+)
+def test_an_entry_that_is_not_cocos_is_named_with_what_it_lacks(lists, named, tmp_path):
+    broken(tmp_path, **{"annotations__instances_train2017.json": listed(**lists)})
+    with pytest.raises(UserError) as caught:
+        scenes.load("coco", str(tmp_path))
+    assert named in str(caught.value) and "instances_train2017.json: " in str(caught.value)
+
+
+def test_a_file_of_another_size_than_its_entry_is_refused(tmp_path):
+    """As where boxes were drawn on the image as its EXIF orientation turns it."""
+    broken(tmp_path, **{"train2017__x": "", "annotations__instances_train2017.json": listed()})
+    turned = Image.new("RGB", (4, 6)).getexif()
+    turned[0x0112] = 6
+    Image.new("RGB", (4, 6)).save(tmp_path / "train2017" / "a.png", exif=turned)
+    with pytest.raises(
+        UserError, match=r"a\.png has height and width 6 x 4, but .*2017\.json says"
+    ):
+        scenes.load("coco", str(tmp_path))
+    with pytest.raises(UserError, match=r"says 4 x 6: .*EXIF orientation"):
+        scenes.load("coco", str(tmp_path))
+
+
+def test_what_a_set_of_boxes_need_not_say_changes_nothing(small, tmp_path):
+    """No sizes, no `iscrowd` where there is none, categories that one split says more of."""
+    drawn, want = small["shapes-coco"], scenes.load("shapes-coco", None, 96, 64)
+    for part in ("train", "val"):
+        (tmp_path / f"{part}2017").symlink_to(drawn / f"{part}2017")
+        said = json.loads((drawn / "annotations" / f"instances_{part}2017.json").read_text())
+        for image in said["images"]:
+            del image["height"], image["width"]
+        for one in said["annotations"]:
+            if not one["iscrowd"]:
+                del one["iscrowd"]
+        for kind in said["categories"]:
+            kind["supercategory"] = part
+        broken(tmp_path, **{f"annotations__instances_{part}2017.json": json.dumps(said)})
+    assert scenes.load_coco("shapes-coco", tmp_path, 96, 64).digest == want.digest
+    said["categories"][0]["name"] = "another"
+    broken(tmp_path, **{"annotations__instances_val2017.json": json.dumps(said)})
+    with pytest.raises(UserError, match="by id and name, are not the training set's"):
+        scenes.load_coco("shapes-coco", tmp_path, 96, 64)
 
 
 def test_a_folder_that_is_not_cityscapes_is_told_in_one_line(tmp_path, drawn):
@@ -469,6 +545,104 @@ def test_stems_heads_and_frozen_stages_have_rates_of_their_own(small):
     assert new_model(cell(RETINA)).train().body.training
 
 
+@pytest.mark.parametrize(
+    "body, options, maps",
+    [
+        ("cifar_resnet18", {}, "64 x 64, 32 x 32, 16 x 16, 8 x 8"),
+        ("repopt_vgg_b1", {"strides": [1, 2, 1, 2, 2]}, "32 x 32, 32 x 32, 16 x 16, 8 x 8"),
+        ("repopt_vgg_b1", {"strides": [2, 2, 2, 2, 1]}, "16 x 16, 8 x 8, 4 x 4, 4 x 4"),
+    ],
+)
+@pytest.mark.parametrize("head", ["pspnet", "faster_rcnn"])
+def test_a_body_of_other_strides_is_no_backbone(head, body, options, maps):
+    with torch.device("meta"):
+        made = build(body, "convbn", width=0.125, classes=2, in_channels=3, body_options=options)
+        with pytest.raises(ValueError) as caught:
+            network(head, made, 5, output_stride=8)
+    assert f"maps of {maps}, not 16 x 16, 8 x 8, 4 x 4, 2 x 2: it is no" in str(caught.value)
+
+
+@pytest.mark.parametrize("stride, rates", [(8, [12, 24, 36]), (16, [6, 12, 18]), (32, [3, 6, 9])])
+def test_atrous_layers_reach_as_far_in_the_image_at_every_stride(small, stride, rates):
+    values = dict(head="deeplabv3", channels=8, output_stride=stride)
+    model = new_model(cell(SEGMENTATION, transfer=values))
+    assert [m.dilation[0] for m in model.classifier.modules() if isinstance(m, nn.Conv2d)
+            if max(m.dilation) > 1] == rates  # fmt: skip
+
+
+# -- what is counted -------------------------------------------------------------------------------
+def flops(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def task_of(values, images=12):
+    one = cell(values)
+    data, model = dataset(one), new_model(one)
+    splits = cells.split_of(one)
+    return Task(
+        model=model, data=data, train=splits.train[:images], validation=splits.validation,
+        recipe=cells.recipe_of(one), groups=lambda: groups_of(one, model, None),
+        loss=None, seed=0, kind=cells.kind_of(one, "cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head, block", [("pspnet", "orepa"), ("deeplabv3", "repvgg")])
+def test_a_segmenters_training_is_counted_on_the_crops_of_a_step(small, head, block):
+    task = task_of(SEGMENTATION | {"transfer": PSP | {"head": head}, "block": block})
+    state = copy.deepcopy(task.model.state_dict())
+    rows = task.data.train_images[task.train[:4]][:, :, :32, :64]
+    twin = copy.deepcopy(task.model).train()
+    want = flops(lambda: task.kind.loss(twin, rows, None, {}).backward())
+    before = torch.get_rng_state()
+    assert training_flops(task) == (want // 4, 0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, state[k]) for k, value in task.model.state_dict().items())
+    assert cells.image_shape(cell(SEGMENTATION, transfer=PSP)) == (3, 32, 64)
+
+
+def test_what_cannot_be_counted_is_told_before_training(small, tmp_path, monkeypatch):
+    def fails(task):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cells.loop, "training_flops", fails)
+    monkeypatch.setattr(cells, "fit", lambda *_, **__: pytest.fail("it has been trained"))
+    values = {k: v for k, v in RETINA.items() if k != "seed"}
+    rows = {"a": {"label": "a"}}
+    table = Table.model_validate(
+        dict(title="t", question="q", control="a", seeds=[0], cell=values, rows=rows)
+    )
+    made = plan(table)
+    (planned,) = made.cells.values()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_cell(planned, made.cells, Store(tmp_path), decoders=0)
+
+
+@pytest.mark.parametrize(
+    "head", [RETINA["transfer"], FASTER | {"proposals": 2000}], ids=lambda h: h["head"]
+)
+def test_a_deployed_detector_is_counted_with_its_head_on_one_image(small, head):
+    task = task_of(RETINA | {"transfer": head})
+    test = Boxes.test(task.data, "cpu")
+    (image,) = tasks.unpadded(next(test.inputs())[:1], test.labels[0][:1])
+    assert image.shape[1] < image.shape[2] or image.shape[2] < 96  # not the square that it lies in
+    found = task.kind.deployed_report(task.model, test)
+    fused, fewer, of_a_box = tasks.deployed_copy(task.model.eval()), [0], 0
+    if head["head"] == "faster_rcnn":
+        last = fused.model.roi_heads
+        last.box_head.register_forward_hook(
+            lambda _m, given, _o: fewer.append(2000 - len(given[0]))
+        )
+        layers = [*last.box_head.parameters(), *last.box_predictor.parameters()]
+        of_a_box = 2 * sum(p.numel() for p in layers if p.dim() > 1)
+    with torch.no_grad():
+        whole = flops(lambda: fused([image]))
+        assert found["flops"] == whole + of_a_box * sum(fewer)
+        assert found["flops"] > flops(lambda: fused.features(image[None]))
+    assert sum(fewer) > 0 or not of_a_box
+
+
 # -- parameters ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes, named",
@@ -567,6 +741,7 @@ def test_a_table_of_both_tasks_is_trained_and_shown(small, tmp_path, monkeypatch
         assert "mAP or mIoU, %" in shown and "accuracy, %" not in shown
         assert "pixel accuracy, %" in page.further().data
         assert "faster_rcnn on resnet18, width × 0.125, dbb, fused" in page.costs().data
+        assert "of the whole of it on the first test image" in page.costs().data
         assert not results.comparable
 
 
@@ -594,18 +769,8 @@ def test_a_cell_that_is_stopped_at_every_step_is_the_same(small, tmp_path, one_t
     "values", [RETINA, SEGMENTATION | {"transfer": PSP}], ids=["detection", "segmentation"]
 )
 def test_a_run_goes_on_from_any_step_bit_for_bit(small, one_thread, values):
-    def task():
-        one = cell(values)
-        data, model = dataset(one), new_model(one)
-        splits = cells.split_of(one)
-        return Task(
-            model=model, data=data, train=splits.train[:12], validation=splits.validation,
-            recipe=cells.recipe_of(one), groups=lambda: groups_of(one, model, None),
-            loss=None, seed=0, kind=cells.kind_of(one, "cpu"),
-        )  # fmt: skip
-
-    whole, states = with_checkpoints(first := task())
-    again = fit(second := task(), resume=states[1])
+    whole, states = with_checkpoints(first := task_of(values))
+    again = fit(second := task_of(values), resume=states[1])
     assert len(states) >= 3 and again.history == whole.history
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name

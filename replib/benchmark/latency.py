@@ -141,10 +141,11 @@ def latency(network: Callable[[Setting], Subject], setting: Setting) -> dict:
                 except LeftOut as reason:
                     out["left_out"][name] = str(reason)
                     continue
-                error = {"outputs": apart(run(x)[:CHECKED], wanted)}
+                found = run(x)[:CHECKED]
+                error = {"outputs": apart(found, wanted)}
                 row = {"way": f"{name}, batch {batch}"}
                 if form.rounded:
-                    row |= as_far(error, apart(network(x[:CHECKED]), wanted))
+                    row |= as_far(found, network(x[:CHECKED]), wanted)
                 else:
                     row |= agreement(error, own, torch.finfo(torch.float32).eps)
                 out["agreement"].append(row)
@@ -167,13 +168,16 @@ def latency(network: Callable[[Setting], Subject], setting: Setting) -> dict:
     return out
 
 
-def as_far(error: dict[str, float], own: float) -> dict:
-    """Whether a form in integers is about as far as the same in floating point, as plain data."""
-    allowed = FURTHER * own
+def as_far(found: Tensor, floats: Tensor, wanted: Tensor) -> dict:
+    """Whether a form in integers is the same as the one in floating point, as plain data: nearer to
+    it than that one is to float64, and not further from float64 itself."""
+    own = apart(floats, wanted)
+    errors = {"outputs": apart(found, wanted), "rounding": apart(found, floats.double())}
+    allowed = {"outputs": FURTHER * own, "rounding": own}
     return {
-        "equal": error["outputs"] <= allowed,
-        "errors": {"outputs": rounded(error["outputs"])},
-        "allowed": {"outputs": rounded(allowed)},
+        "equal": all(errors[part] <= allowed[part] for part in errors),
+        "errors": {part: rounded(error) for part, error in errors.items()},
+        "allowed": {part: rounded(bound) for part, bound in allowed.items()},
     }
 
 

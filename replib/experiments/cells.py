@@ -542,6 +542,9 @@ def run_cell(
         seconds = spent + time.monotonic() - started
         store.save(key, "checkpoint", state | {"seconds": seconds, "asked": asked})
 
+    # Before training: what fails here loses nothing. A copy is counted, and draws apart.
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+        flops, teacher_flops = loop.training_flops(task)
     progress = fit(
         task,
         resume=resume,
@@ -550,7 +553,6 @@ def run_cell(
         deadline=deadline,
         tick=tick,
     )
-    flops, teacher_flops = loop.training_flops(task)
     per_epoch = [row.get("training_flops", flops) for row in progress.history]
     best = {"model": progress.best["weights"]}
     if cell.resrep or cell.narrow or cell.transfer:
@@ -655,8 +657,10 @@ def network_of(cell: Cell) -> tuple:
 
 def image_shape(cell: Cell) -> tuple[int, int, int]:
     """(C, H, W) of what a network is trained on."""
-    data = dataset(cell)
+    data, scene = dataset(cell), cell.transfer
     sides = (cell.resized_crop,) * 2 if cell.resized_crop else tuple(data.train_images.shape[-2:])
+    if scene is not None and scene.crop is not None:
+        sides = tuple(scene.crop)
     return data.in_channels, *sides
 
 

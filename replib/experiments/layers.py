@@ -63,19 +63,18 @@ def batches(cell: Cell, device: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def own(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> dict | None:
-    """The measurement of this machine's weights, made where it is missing or of other weights.
-
-    None where there are none.
-    """
+    """The measurement of this machine's weights, made where it is missing or of other weights; it
+    stays when they go. None where there is nothing to measure."""
     path = path_of(store, table, profile)
-    cells = weighed(plan, rows, store)
+    cells, there, known = weighed(plan, rows, store), cells_of(plan, rows, store), read(path)
+    if known is not None and known["settings"] == SETTINGS:
+        before = known["cells"]
+        if all(cell in there for cell in before) and all(cell in before for cell in cells):
+            return known
     if not cells:
         return None
-    known = read(path)
-    if known is None or (known["cells"], known["settings"]) != (cells, SETTINGS):
-        write(path, measure(plan, rows, store))
-        known = read(path)
-    return known
+    write(path, measure(plan, rows, store))
+    return read(path)
 
 
 def published(table: str, profile: str, plan: Plan, rows: list[str], store: Store) -> dict | None:

@@ -39,6 +39,7 @@ DRAWS = 5  # of these weights
 BINS = 101
 IMAGES, BATCH = 1024, 128
 # How networks are quantized after training: what has one scale, how ranges of maps are found.
+# Raise replib.quantization.VERSION when they change.
 SCHEMES = {
     "tensor": ("tensor", "minmax"),
     "channel": ("channel", "minmax"),
@@ -114,22 +115,26 @@ def read(path: Path) -> dict | None:
 def own(
     name: str, profile: str, table: Table, plan: Plan, store: Store, device: str = "cpu"
 ) -> dict | None:
-    """The measurement of this machine's weights, made where it is missing or of other weights;
-    what another table has measured of the same weights is not measured again.
+    """The measurement of this machine's cells, made where it is missing or of other weights; what
+    another table has measured of the same weights is not measured again, and what was measured
+    stays when its weights go.
 
     {"context", "settings", "cells", "found"}: found[i] is of cells[i]. None for a table that asks
-    for none, and where there are no weights.
+    for none, and where there is nothing to measure.
     """
-    cells = weighed(plan, shown(table), store) if table.measure else []
-    if not cells:
+    if not table.measure:
         return None
     kind, path = KINDS[table.measure], path_of(store, name, profile)
+    before = measured_before(path.parent, kind.stated)
+    trained = cells_of(plan, shown(table), store)
+    cells = [c for c in trained if weights_of(c) in before or store.has_weights(c["key"])]
+    if not cells:
+        return None
     known = read(path)
     if known is not None and (known["cells"], known["settings"]) == (cells, kind.stated):
         return known
     made = {"context": machine.context(device, home()), "settings": kind.stated}
     made |= {"cells": [], "found": []}
-    before = measured_before(path.parent, kind.stated)
     missing = sum(weights_of(cell) not in before for cell in cells)
     with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
         for cell in cells:
@@ -313,6 +318,9 @@ KINDS = {
     ),
     "conversion": Kind(conversions, 1, "kernels larger than 1 × 1", {"bins": BINS}),
     "quantization": Kind(
-        in_eight_bits, 1, "all test images, ranges from training images", {"images": IMAGES}
+        in_eight_bits,
+        quantization.VERSION,
+        "all test images, ranges from training images",
+        {"images": IMAGES},
     ),
 }  # fmt: skip

@@ -407,11 +407,17 @@ class Page:
             if alike
             else "The rows deploy different networks, or some have not been run."
         )
+        boxes = (
+            "Deployed FLOPs of a detector: of the whole of it on the first test image, with as "
+            "many boxes as Faster R-CNN may look into. "
+            if "mAP" in results.metrics
+            else ""
+        )
         note = (
             f"<p><small>{said} Mean over seeds; the cells that a row starts from are counted in. "
             "FLOPs: convolutions and matrix products by torch's counter, two per multiply-add, "
-            "forward and backward. Time: one thread per cell, on the machine named below; a "
-            "distilled row's own time contains the forward passes of its teacher."
+            f"forward and backward. {boxes}Time: one thread per cell, on the machine named below; "
+            "a distilled row's own time contains the forward passes of its teacher."
             "</small></p>"
         )
         return HTML(table_html(header, lines, "numbers") + note)

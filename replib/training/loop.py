@@ -586,17 +586,21 @@ def training_flops(task: Task, teacher: bool = True) -> tuple[int, int]:
 
     teacher: whether the loss is asked for those, which otherwise are 0.
 
-    Counted by torch's FlopCounterMode on one batch: convolutions and matrix products, two per
-    multiply-add. Norms and activations are not counted.
+    Counted by torch's FlopCounterMode on one batch of images of the size that is trained on:
+    convolutions and matrix products, two per multiply-add. Norms and activations are not counted.
     """
     parts = task.recipe.accumulate
     parts *= parallel.processes() if parallel.splits(parts) else 1
     n = min(-(-task.recipe.batch_size // parts), len(task.train))
+    crop = task.recipe.augmentation.resized_crop
     if task.kind is not None:
-        return task.kind.training_flops(copy.deepcopy(task.model), n, task.train, task.device), 0
+        twin = copy.deepcopy(task.model)
+        with parallel.apart():
+            return task.kind.training_flops(twin, n, task.train, crop, task.device), 0
     model = copy.deepcopy(task.model).to(task.device).train()
     normalise = Normalise(task.data, task.device, next(model.parameters()).dtype)
     x = normalise(next(loader.batches(task.data.train_images, [task.train[:n]], task.device)))
+    x = F.interpolate(x, (crop, crop)) if crop else x  # what it shows is not counted
     y = task.data.train_labels[task.train[:n]].to(task.device)
     with parallel.apart(), FlopCounterMode(display=False) as student:
         F.cross_entropy(model(x), y).backward()

@@ -47,6 +47,7 @@ TRAIN_IDS = np.full(256, IGNORED, np.uint8)
 TRAIN_IDS[[*TRAINED]] = np.arange(len(TRAINED))
 FILL = (124, 116, 104)  # around an image that is smaller than its crop: the mean colour
 CHUNK = 500  # files that are surveyed at once
+Id = int | float | str  # of an image or a category, as sets like COCO have them
 
 
 @lru_cache(maxsize=4)
@@ -131,16 +132,17 @@ def load_coco(name: str, folder: Path, longer: int, shorter: int) -> Dataset:
             "longer side."
         )
     parts, content = [], hashlib.sha256(f"coco {longer} {shorter}".encode())
-    known: list[dict] | None = None
+    known: list[tuple] | None = None
     for part in ("train", "val"):
         path, found = annotations(folder, part)
-        kinds = sorted(found["categories"], key=lambda kind: kind["id"])
+        kinds = categories(path, found)
         if known is not None and kinds != known:
-            raise UserError(f"{path}: its categories are not those of the training images.")
+            raise UserError(f"{path}: its categories, by id and name, are not the training set's.")
         known = kinds
         images = folder / path.stem.removeprefix("instances_")
-        files, rows = boxes_of(path, found, images, trained=part == "train")
+        files, rows, said = boxes_of(path, found, images, trained=part == "train")
         digest, sides = hashes(files, name.startswith("shapes-"))
+        check_sizes(path, files, said, sides)
         most = max([1, *map(len, rows)])
         labels = torch.zeros(len(files), 1 + most, 6)
         for i, (own, (height, width)) in enumerate(zip(rows, sides.tolist(), strict=True)):
@@ -151,7 +153,7 @@ def load_coco(name: str, folder: Path, longer: int, shorter: int) -> Dataset:
         content.update(digest)
         content.update(labels.numpy())
         parts.append((Photographs(files, longer, shorter, torch.from_numpy(sides)), labels))
-    names = tuple(kind["name"] for kind in known)
+    names = tuple(name for _, name in known)
     content.update("/".join(names).encode())
     (train, train_labels), (test, test_labels) = parts
     return Dataset(
@@ -178,28 +180,93 @@ def annotations(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
     return found[0], values
 
 
+def by_id(path: Path, found: dict[str, Any], kind: str, key: str) -> dict[Id, dict]:
+    """id -> entry of a list, each with a text under `key`. Raises: UserError."""
+    out: dict[Id, dict] = {}
+    wanted = {"id": (Id, "a number or text"), key: (str, "text")}
+    for place, one in enumerate(found[kind]):
+        where = f"{path}: {kind}[{place}]"
+        for name, (types, said) in wanted.items():
+            if not has(one, name):
+                raise UserError(f"{where}: {name} is missing.")
+            if not isinstance(one[name], types):
+                raise UserError(f"{where}: {name} (={short(one[name])}) must be {said}.")
+        if one["id"] in out:
+            raise UserError(
+                f"{where}: id (={short(one['id'])}) stands twice: each must have its own."
+            )
+        out[one["id"]] = one
+    return out
+
+
+def has(one: object, key: str) -> bool:
+    """Whether it is a mapping with this key."""
+    return isinstance(one, dict) and key in one
+
+
+def short(value: object) -> str:
+    """A value of a file for a message."""
+    return f"{value!r:.60}"
+
+
+def categories(path: Path, found: dict[str, Any]) -> list[tuple[Id, str]]:
+    """(id, name) of the categories, in the order of the ids. Raises: UserError."""
+    kinds = by_id(path, found, "categories", "name")
+    order = sorted(kinds, key=lambda number: (isinstance(number, str), number))
+    return [(number, kinds[number]["name"]) for number in order]
+
+
 def boxes_of(
     path: Path, found: dict[str, Any], folder: Path, trained: bool
-) -> tuple[list[str], list[list]]:
-    """The files of the images, and for each the rows of its boxes; trained: images without a box
-    that can be trained on are left out."""
-    try:
-        kinds = sorted(kind["id"] for kind in found["categories"])
-        order = {number: i for i, number in enumerate(kinds, start=1)}
-        rows: dict[int, list] = {image["id"]: [] for image in found["images"]}
-        for one in found["annotations"]:
-            left, top, width, height = one["bbox"]
-            box = [left, top, left + width, top + height]
-            rows[one["image_id"]].append([*box, order[one["category_id"]], one["iscrowd"]])
-        files = {image["id"]: str(folder / image["file_name"]) for image in found["images"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: an annotation is not COCO's ({error!r}).") from None
-    kept = [i for i in files if not trained or any(not row[5] for row in rows[i])]
+) -> tuple[list[str], list[list], list[tuple]]:
+    """The files of the images, for each the rows of its boxes, and its (height, width) as the file
+    of annotations says, None where it does not; trained: images without a box that can be trained
+    on are left out. Raises: UserError."""
+    order = {number: i for i, (number, _) in enumerate(categories(path, found), start=1)}
+    images = by_id(path, found, "images", "file_name")
+    rows: dict[Id, list] = {number: [] for number in images}
+    for place, one in enumerate(found["annotations"]):
+        try:
+            left, top, width, height = map(float, one["bbox"])
+            crowd = int(one.get("iscrowd", 0))  # which sets with boxes only leave out
+            box = [left, top, left + width, top + height, order[one["category_id"]], crowd]
+            rows[one["image_id"]].append(box)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            named = f"annotation {short(one['id'])}" if has(one, "id") else f"annotations[{place}]"
+            raise UserError(f"{path}: {named}: {fault(one, images, order)}.") from None
+    kept = [i for i in images if not trained or any(not row[5] for row in rows[i])]
     if not kept:
         raise UserError(f"{path}: has no image with a box.")
-    if missing := next((files[i] for i in kept if not Path(files[i]).is_file()), None):
+    files = [str(folder / images[i]["file_name"]) for i in kept]
+    if missing := next((file for file in files if not Path(file).is_file()), None):
         raise UserError(f"{missing} is not there, but {path} names it: unpack the images there.")
-    return [files[i] for i in kept], [rows[i] for i in kept]
+    said = [(images[i].get("height"), images[i].get("width")) for i in kept]
+    return files, [rows[i] for i in kept], said
+
+
+def fault(one: object, images: dict, kinds: dict) -> str:
+    """Why an annotation cannot be read."""
+    for key in ("image_id", "category_id", "bbox"):
+        if not has(one, key):
+            return f"{key} is missing"
+    for key, known in (("image_id", images), ("category_id", kinds)):
+        if one[key] not in [*known]:  # not by its hash: a list has none
+            return f"{key} (={short(one[key])}) is not listed: list it, or leave the annotation out"
+    crowd = short(one.get("iscrowd", 0))
+    return f"bbox (={short(one['bbox'])}) must be four numbers, iscrowd (={crowd}) 0 or 1"
+
+
+def check_sizes(path: Path, files: list[str], said: list[tuple], sides: np.ndarray) -> None:
+    """Raises: UserError where a file is not as large as the file of annotations says: its boxes
+    would be those of another image."""
+    for file, claimed, own in zip(files, said, sides.tolist(), strict=True):
+        if any(one not in (None, other) for one, other in zip(claimed, own, strict=True)):
+            raise UserError(
+                f"{file} has height and width {own[0]} x {own[1]}, but {path} says "
+                f"{short(claimed[0])} x {short(claimed[1])}: make them agree, and boxes too (they "
+                "may have been drawn on the image as its EXIF orientation turns it, which is not "
+                "done here)."
+            )
 
 
 # -- Cityscapes ------------------------------------------------------------------------------------

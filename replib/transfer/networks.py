@@ -5,6 +5,7 @@ Names of the body's tensors stay as in the classifier, so that its weights are l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,14 +23,17 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from replib.blocks import RepBlock
 from replib.errors import UserError
+from replib.foreign import in_one_line
 from replib.fusing import deployed_copy
 from replib.networks import dilate
 from replib.transfer import HEADS
 
-STAGES = ("stage1", "stage2", "stage3", "stage4")  # of strides 4, 8, 16, 32
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+STRIDES = (4, 8, 16, 32)  # of their maps
 STEM = "stage0"
 BEST = 100  # boxes of an image, as many as COCO's metric looks at
 BINS = (1, 2, 3, 6)  # of PSPNet's pyramid
+REACH = (96, 192, 288)  # pixels of the image between the taps of DeepLabV3's atrous layers
 DROPPED = 0.1  # of the last map's channels, as in torchvision's FCN and PSPNet's code
 
 
@@ -56,22 +60,41 @@ def network(
     auxiliary: weight of the loss of a second head, on the third stage.
     frozen_stages: the stem and the stages after it, so many in all, are not trained.
     fixed_norms: the body's norms keep the running statistics that they start with.
-    Raises: ValueError for a body without the stages `STAGES`, each at half the side of the one
-    before.
+    Raises: ValueError for a body without the stages `STAGES`, of `STRIDES`.
     """
     known = dict(body.named_children())
     if not {STEM, *STAGES} <= known.keys():
         raise ValueError(f"its children are {', '.join(known)}, not stages: it is no backbone")
+    check_strides(body)
     if HEADS[head] == "detection":
         made = Detector(head, body, classes, channels or 256, anchor, proposals)
     else:
         dilated([getattr(body, name) for name in STAGES[2:]], output_stride, dilated_blocks)
-        made = Segmenter(head, body, classes, channels, auxiliary)
+        made = Segmenter(head, body, classes, channels, auxiliary, output_stride)
     made.fixed_norms = fixed_norms
     made.frozen = (STEM, *STAGES)[:frozen_stages]
     for name in made.frozen:
         made.body[name].requires_grad_(False)
     return made
+
+
+def check_strides(body: nn.Module) -> None:
+    """Raises: ValueError where the maps of `STAGES` are not of `STRIDES`."""
+    side = 2 * STRIDES[-1]
+    wanted = [(side // stride, side // stride) for stride in STRIDES]
+    twin = copy.deepcopy(body).to("meta").eval()  # by shapes; a block that has run is not dilated
+    image = next(twin.parameters()).new_empty(1, parameter_channels(body), side, side)
+    try:
+        maps = IntermediateLayerGetter(twin, {name: name for name in STAGES})(image)
+    except RuntimeError as error:
+        raise ValueError(f"it cannot be run ({in_one_line(error)}): it is no backbone") from None
+    found = [tuple(one.shape[2:]) for one in maps.values()]
+    if found != wanted:
+        ours, theirs = (", ".join(f"{h} x {w}" for h, w in sizes) for sizes in (found, wanted))
+        raise ValueError(
+            f"of an image of {side} x {side} pixels its stages give maps of {ours}, not {theirs}: "
+            "it is no backbone, take another body or other strides"
+        )
 
 
 def tapped(body: nn.Module, stages: Sequence[str]) -> tuple[nn.Module, list[int]]:
@@ -85,8 +108,8 @@ def tapped(body: nn.Module, stages: Sequence[str]) -> tuple[nn.Module, list[int]
 
 
 def parameter_channels(body: nn.Module) -> int:
-    """How many channels its images have."""
-    return next(m for m in body.modules() if isinstance(m, RepBlock)).geometry.in_channels
+    """How many channels its images have: a stem need not be a block."""
+    return next(m for m in body.modules() if isinstance(m, RepBlock | nn.Conv2d)).in_channels
 
 
 def dilated(stages: Sequence[nn.Module], output_stride: int, last: int | None = None) -> None:
@@ -223,6 +246,19 @@ class Detector(OnBody):
         """The maps that the head is given, of images (N, C, H, W)."""
         return [*self.model.backbone(x).values()]
 
+    def layers(self, images: list[Tensor]) -> None:
+        """Run every layer as `forward` does in eval mode, but the last ones of Faster R-CNN on as
+        many boxes as they may be given: what is computed then follows from the images' sizes, not
+        from what is found in them."""
+        maps = self.features(self.model.transform(images)[0].tensors)
+        if self.retina:
+            self.model.head(maps)
+            return
+        self.model.rpn.head(maps)
+        heads, boxes = self.model.roi_heads, len(images) * self.model.rpn.post_nms_top_n()
+        pooled = maps[0].new_zeros(boxes, maps[0].shape[1], *heads.box_roi_pool.output_size)
+        heads.box_predictor(heads.box_head(pooled))
+
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -244,7 +280,13 @@ class Segmenter(OnBody):
     the last of the auxiliary head where there is one."""
 
     def __init__(
-        self, head: str, body: nn.Module, classes: int, channels: int | None, auxiliary: float
+        self,
+        head: str,
+        body: nn.Module,
+        classes: int,
+        channels: int | None,
+        auxiliary: float,
+        output_stride: int,
     ):
         super().__init__()
         getter, (third, last) = tapped(body, STAGES[2:])
@@ -259,7 +301,8 @@ class Segmenter(OnBody):
             )
         else:
             inner = channels or 256
-            rates = (12, 24, 36)  # of output stride 8
+            # The same pixels of the image at every stride: 12, 24, 36 at 8; 6, 12, 18 at 16.
+            rates = [reach // output_stride for reach in REACH]
             self.classifier = nn.Sequential(
                 ASPP(last, rates, inner), *plain_head(inner, inner, classes)
             )

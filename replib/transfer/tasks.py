@@ -108,30 +108,41 @@ class Kind:
         """The metric, in [0, 1]; model: deployed, in eval mode."""
         return split.scores(model, pause)[self.metric]
 
-    def training_flops(self, model: nn.Module, images: int, train: Tensor, device: str) -> int:
-        """Of one training image, forward and backward, on so many; model: a copy."""
-        chosen = train[:images]
-        x = next(loader.batches(self.data.train_images, [chosen], device))
-        labels = self.data.train_labels[chosen].to(device)
-        with torch.random.fork_rng([device] if device.startswith("cuda") else []):
-            torch.manual_seed(0)
-            with FlopCounterMode(display=False) as counter:
-                self.loss(model.to(device).train(), x, labels, {}).backward()
-        return counter.get_total_flops() // len(chosen)
+    def training_flops(
+        self,
+        model: nn.Module,
+        images: int,
+        train: Tensor,
+        crop: tuple[int, int] | None,
+        device: str,
+    ) -> int:
+        """Of one training image, forward and backward, where so many of `train` go through the
+        network at once, cropped to (height, width) or whole; model: a copy."""
+        raise NotImplementedError
+
+    def step_flops(self, model: nn.Module, x: Tensor, labels: Tensor | None) -> int:
+        """Of the loss of uint8 images as they are, and of its gradients."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss(model.train(), x, labels, {}).backward()
+        return counter.get_total_flops()
+
+    def deployed_flops(self, model: nn.Module, x: Tensor, labels: Tensor) -> int:
+        """Of the network on one image, (1, C, H, W) as `Split` gives it."""
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return counter.get_total_flops()
 
     @torch.no_grad()
     def deployed_report(self, model: nn.Module, test: Split) -> dict:
-        """The fused network: parameters, FLOPs of one image, scores on the test split, and the
-        error of fusing in what the head is given (in the logits, of segmentation)."""
+        """The fused network: parameters, FLOPs of the first test image, scores on the test split,
+        and the error of fusing in what the head is given (in the logits, of segmentation)."""
         model = model.to(test.device).eval()
         fused, x = deployed_copy(model), next(test.inputs())[:8, : len(self.data.mean)]
-        with FlopCounterMode(display=False) as counter:
-            fused.features(x[:1])
         pairs = zip(model.features(x), fused.features(x), strict=True)
         return {
             **{f"test_{name}": value for name, value in test.scores(fused).items()},
             "parameters": sum(parameter.numel() for parameter in fused.parameters()),
-            "flops": counter.get_total_flops(),
+            "flops": self.deployed_flops(fused, x[:1], test.labels[0][:1]),
             "fusing_error": max(relative_jump(before, after) for before, after in pairs),
         }
 
@@ -185,6 +196,29 @@ class Detection(Kind):
     """Boxes and their classes: the sum of the detector's losses, as torchvision has them."""
 
     metric, split = "mAP", Boxes
+
+    def training_flops(
+        self,
+        model: nn.Module,
+        images: int,
+        train: Tensor,
+        crop: tuple[int, int] | None,
+        device: str,
+    ) -> int:
+        """Of the first ones of `train`, padded to the largest of them as in a step. It needs less
+        memory than a step: an optimizer's state is not there."""
+        chosen = train[:images]
+        x = next(loader.batches(self.data.train_images, [chosen], device))
+        labels = self.data.train_labels[chosen].to(device)
+        with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+            torch.manual_seed(0)
+            return self.step_flops(model.to(device), x, labels) // images
+
+    def deployed_flops(self, model: nn.Module, x: Tensor, labels: Tensor) -> int:
+        """Of the whole detector on an image without what is beside it; see `Detector.layers`."""
+        with FlopCounterMode(display=False) as counter:
+            model.layers(unpadded(x, labels))
+        return counter.get_total_flops()
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, rows: dict[str, Tensor]
@@ -262,6 +296,21 @@ class Segmentation(Kind):
     def __init__(self, data: Dataset, device: str, interval: int = 1, auxiliary: float = 0.0):
         super().__init__(data, device, interval)
         self.weights: Sequence[float] = (1.0, auxiliary)
+
+    def training_flops(
+        self,
+        model: nn.Module,
+        images: int,
+        train: Tensor,
+        crop: tuple[int, int] | None,
+        device: str,
+    ) -> int:
+        """By shapes alone, which takes no memory, whatever the crops. (Averages, which DBB takes by
+        convolutions on a processor, are averages there, and not counted.)"""
+        sides = crop or self.data.train_images.shape[-2:]
+        x = torch.empty(images, 4, *sides, dtype=torch.uint8, device="meta")
+        kind = type(self)(self.data, "meta", auxiliary=self.weights[1])
+        return kind.step_flops(model.to("meta"), x, None) // images
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, rows: dict[str, Tensor]
