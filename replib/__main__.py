@@ -62,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--compile", choices=COMPILE, help=COMPILE_HELP)
         text = "where cells are trained: local, on this machine (default), or slurm, as jobs of it"
         command.add_argument("--executor", choices=("local", "slurm"), help=text)
-        text = "of --executor slurm: partition, time (minutes), gpus, cpus, cells (per job), ..."
+        text = "of --executor slurm: partition, time (minutes), gpus, cpus, cells (per job), "
+        text += "parallel (jobs of an array at once), ..."
         command.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help=text)
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     run.add_argument(

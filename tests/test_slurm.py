@@ -29,9 +29,10 @@ from replib.experiments.cells import Plan, Planned, plan
 from replib.experiments.claims import progress
 from replib.experiments.executor import NotTrained, run_plan
 from replib.experiments.params import Table
-from replib.experiments.slurm import Batch, Head, Options, options_of, run_on_slurm
+from replib.experiments.slurm import Batch, Head, NoAnswer, Options, options_of, run_on_slurm
 from replib.experiments.store import Store
 from replib.report.results import Results
+from replib.training.checkpoint import write_bytes
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -159,8 +160,13 @@ class Cluster:
         self.jobs: dict[str, tuple[str, str]] = {}
         self.arrays: list[tuple[list[list[str]], frozenset]] = []
         self.answers, self.dies = True, False
-        monkeypatch.setattr(slurm, "queue", lambda: dict(self.jobs) if self.answers else None)
+        monkeypatch.setattr(slurm, "queue", self.queue)
         monkeypatch.setattr(Head, "submit_array", lambda *a: self.submit(*a))
+
+    def queue(self):
+        if not self.answers:
+            raise NoAnswer("no")
+        return dict(self.jobs)
 
     def submit(self, head, jobs, after):
         batch = Batch(f"replib-{len(self.arrays):08x}", jobs)
@@ -206,6 +212,24 @@ def test_cells_wait_for_those_that_they_start_from(cluster):
         assert parents == set(cluster.arrays[int(batch) - 100][0][int(index or 0)])
         assert len(before) == len(made.cells)
     assert sorted(map(len, (jobs for jobs, _ in rest))) == [1, 1, 2, 2]
+
+
+def test_an_entry_of_a_queue_comes_before_the_next(cluster):
+    """However long the cells of the next one are; among those of one, long ones come first."""
+    both = Plan()
+    for name, epochs in (("first", (1, 2)), ("second", (8, 9))):
+        rows = {f"{name}{n}": {"label": name, "set": {"epochs": n}} for n in epochs}
+        both.take(
+            plan(
+                Table.model_validate(
+                    dict(title="t", question="q", control=next(iter(rows)), seeds=[0], cell=CELL,
+                         rows=rows)
+                )
+            )
+        )  # fmt: skip
+    head_of(both).submit()
+    ((jobs, _),) = cluster.arrays
+    assert named(both, jobs) == [{"first2"}, {"first1"}, {"second9"}, {"second8"}]
 
 
 def test_several_cells_in_a_job(cluster):
@@ -259,6 +283,24 @@ def test_one_head_submits_at_a_time(cluster, monkeypatch):
     claim.release(finished=True)
     second.join(30)
     assert not second.is_alive() and len(cluster.arrays) == 3
+
+
+def test_a_head_that_was_stopped_for_long_submits_no_more(cluster):
+    """Another one has taken over; its right to submit stays."""
+    made = table(FAMILY)
+    head = head_of(made)
+
+    def submit(*given):
+        write_bytes(head.folder / "claim.1", b'{"released": true}')
+        return cluster.submit(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Head, "submit_array", submit)
+        with pytest.raises(UserError, match=r"^another command submits these cells by now"):
+            head.submit()
+    assert len(cluster.arrays) == 1 and (head.folder / "claim.1").exists()
+    head_of(made).submit()
+    assert len(cluster.arrays) == 3
 
 
 def test_a_head_waits_for_slurm(cluster, monkeypatch):
@@ -334,6 +376,116 @@ def test_make_hands_over_which_executor(project, monkeypatch):
         page.train()
     assert given["executor"] == "slurm"
     assert given["slurm"] == ["partition=low", "setup=module load x", "time=9"]
+
+
+# -- when Slurm does not do what it is asked for ---------------------------------------------------
+def waiting_for(head: Head) -> list[str]:
+    """The ids of jobs that have what they are to do."""
+    return sorted(
+        path.name.partition("_sub")[0] for path in head.folder.glob("log/*_submitted.pkl")
+    )
+
+
+def test_jobs_that_slurm_took_though_sbatch_failed(commands):
+    """It timed out: they are not submitted again, and get what they are to do."""
+    made = table(FAMILY)
+    commands.answer("lost", "lost", "taken")
+    head = head_of(made)
+    head.submit()
+    head_of(made).submit()
+    assert sorted(commands.queue()) == ["100", "101_0", "101_1", "102"] == waiting_for(head)
+    assert all(batch.ids for batch in Batch.all(head.folder))
+
+
+def test_what_is_not_known_is_not_submitted_again(commands):
+    """Nor does squeue answer: the next command asks again."""
+    made = table(FAMILY)
+    commands.answer("silent")
+    head = head_of(made)
+    with pytest.raises(UserError, match=r"Slurm takes no job: .*: Socket timed out"):
+        head.submit()
+    assert [batch.ids for batch in Batch.all(head.folder)] == [None] and not waiting_for(head)
+    (commands.folder / "silent").unlink()
+    commands.answer("taken", "taken")
+    head_of(made).submit()
+    assert sorted(commands.queue()) == ["100", "101_0", "101_1", "102"] == waiting_for(head)
+
+
+def test_a_refusal_is_forgotten(commands):
+    commands.answer("refused")
+    head = head_of(table(FAMILY))
+    with pytest.raises(
+        UserError, match=r"^Slurm takes no job: .* violates .*--slurm says"
+    ) as error:
+        head.submit()
+    assert "\n" not in str(error.value) and not Batch.all(head.folder) and not commands.queue()
+
+
+def test_jobs_that_were_taken_are_watched_where_others_were_refused(commands, monkeypatch, capfd):
+    """As where a user may submit so many jobs only; at the end the others are told."""
+    made = table(FAMILY, [0, 1])
+    folder = head_of(made).folder
+
+    def finished_since(key, store):
+        return any(key in keys for batch in Batch.all(folder) for keys in batch.jobs)
+
+    monkeypatch.setattr(slurm, "finished_since", finished_since)
+    commands.answer("taken", "taken", "refused")
+    with pytest.raises(NotTrained, match=r"^4 of 8 .*; cell .*: it is in no job: .*QOS") as error:
+        run_on_slurm(made, Store(), device="cpu")
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("replib: ")]
+    assert len(told) == 1 and "4 jobs were taken, 2 refused (" in told[0]
+    assert "4 cells are in none" in told[0] and len(error.value.failed) == 4
+    assert len(commands.queue()) == 4
+
+
+def test_a_slurm_that_never_answers_is_given_up(commands, monkeypatch, capfd):
+    (commands.folder / "silent").touch()
+    asked, real = [], slurm.queue
+    monkeypatch.setattr(slurm, "queue", lambda: (asked.append(1), real())[1])
+    with pytest.raises(UserError, match=r"^Slurm does not answer \(.*Unable to contact") as error:
+        head_of(table(FAMILY)).submit()
+    assert "\n" not in str(error.value) and len(asked) == slurm.TRIES
+    assert capfd.readouterr().err.count("Unable to contact") == 1  # before it gave up
+    assert not list(head_of(Plan()).folder.iterdir())  # nor is the right to submit kept
+
+
+def test_a_slurm_that_does_not_answer_while_jobs_are_watched(commands, monkeypatch, capfd):
+    """That is told, once; their results are what counts."""
+    made, looks = table({"a": {"label": "a"}}), []
+    monkeypatch.setattr(slurm, "finished_since", lambda *_: looks.append(1) or len(looks) > 9)
+    commands.answer("taken")
+    head = head_of(made)
+    head.submit()
+    (commands.folder / "silent").touch()
+    assert head.watch("") == {}
+    assert capfd.readouterr().err.count("Unable to contact") == 1
+
+
+def test_what_others_have_written_down_is_left_alone(commands):
+    """The queue shows this user's jobs on this cluster: it says nothing of others'."""
+    made = table({"a": {"label": "a"}})
+    head, jobs = head_of(made), [list(made.cells)]
+    mine = {"user": os.getuid(), "cluster": "here"}
+    notes = {
+        "replib-1": {"user": os.getuid() + 1, "cluster": "here"},
+        "replib-2": {"user": os.getuid(), "cluster": "elsewhere"},
+        "replib-3": mine,
+        "replib-4": {},  # of before users were written down
+    }
+    for name, who in notes.items():
+        Batch(name, jobs, ["100"], **who).write(head.folder)
+        head.error_of(Batch(name, jobs), 0).parent.mkdir(exist_ok=True)
+        head.error_of(Batch(name, jobs), 0).write_text("no")
+    commands.answer("taken")
+    head.submit()
+    left = {batch.name: batch for batch in Batch.all(head.folder)}
+    (new,) = left.keys() - notes.keys()
+    assert left.keys() & notes.keys() == {"replib-1", "replib-2"}
+    assert {"user": left[new].user, "cluster": left[new].cluster} == mine
+    errors = {path.name for path in head.folder.glob("log/*.error")}
+    assert errors == {"replib-1-0.error", "replib-2-0.error"}
+    assert list(head.states({"100": ("x", "RUNNING")})) == [*made.cells]  # its own job, 100
 
 
 # -- what a job does -------------------------------------------------------------------------------

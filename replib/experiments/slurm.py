@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -51,13 +52,28 @@ from replib.experiments.store import Store
 from replib.machine import commit
 from replib.training.checkpoint import write_bytes
 
-POLL = 5  # seconds between two looks at the store
+POLL = 5  # seconds between two looks at the store, and between questions that got no answer
+TRIES, TOLD = 24, 3  # how often Slurm is asked before jobs are submitted; after which that is said
+LOOKS = 4  # at the queue for jobs whose sbatch timed out
+UNANSWERED = "Slurm does not answer, and is asked again"
 ASK = 20  # seconds between two questions to Slurm, which serves others too
 SETTLE = 60  # seconds in which files of a job that has ended become visible here
 REQUEUES = 10**6  # of a job at the end of its time: as often as it takes
 WARNING = 60  # seconds before the end of its time in which a job requeues itself
 ARRAY = 1000  # jobs of an array; Slurm's MaxArraySize is 1001 where nobody changed it
 CODE = Path(__file__).parent  # whose commit a job compares
+
+
+class NoAnswer(Exception):
+    """Slurm does not answer, as while it is started anew; what squeue says of it."""
+
+
+class Refused(UserError):
+    """Slurm takes no more jobs: why, and how many it refused."""
+
+    def __init__(self, why: str, jobs: int):
+        self.why, self.jobs = why, jobs
+        super().__init__(f"Slurm takes no job: {why} (--slurm says what is asked for).")
 
 
 class Options(Strict):
@@ -73,7 +89,7 @@ class Options(Strict):
     mem: Annotated[float, Field(gt=0)] | None = None  # GB of a job
     cells: Annotated[int, Field(ge=1)] = 1  # that a job trains
     workers: Annotated[int, Field(ge=1)] | None = None  # of them at once; None: as `run_plan`
-    parallel: Annotated[int, Field(ge=1)] = 256  # jobs at once
+    parallel: Annotated[int, Field(ge=1)] = 256  # jobs of an array at once
     setup: str | None = None  # a line of shell before all, such as `module load ...`
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)  # further flags of it
 
@@ -157,10 +173,15 @@ class Batch:
     name: str
     jobs: list[list[str]]  # the keys of the cells of each
     ids: list[str] | None = None  # of each; None: not known to be submitted
+    user: int | None = None  # who submitted them, and where; None and "": not known
+    cluster: str = ""
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.json"
 
     def write(self, folder: Path) -> None:
-        said = {"jobs": self.jobs, "ids": self.ids}
-        write_bytes(folder / f"{self.name}.json", json.dumps(said).encode())
+        said = {name: value for name, value in vars(self).items() if name != "name"}
+        write_bytes(self.path(folder), json.dumps(said).encode())
 
     @classmethod
     def all(cls, folder: Path) -> list[Batch]:
@@ -174,9 +195,17 @@ class Batch:
         return found
 
 
-def queue() -> dict[str, tuple[str, str]] | None:
-    """id -> (name, state) of the user's jobs that are waiting or running, arrays job by job; None
-    where Slurm does not answer, as while it is started anew."""
+def complaint(said: str) -> str:
+    """The line of what a command of Slurm says that tells what is wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
+
+
+def queue() -> dict[str, tuple[str, str]]:
+    """id -> (name, state) of the user's jobs that are waiting or running, arrays job by job.
+
+    Raises: NoAnswer; UserError where there is no Slurm.
+    """
     command = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "-o", "%i|%T|%j"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -184,10 +213,25 @@ def queue() -> dict[str, tuple[str, str]] | None:
         raise UserError(
             "--executor slurm: there is no squeue here: run this on a machine of a Slurm cluster."
         ) from None
-    except (subprocess.SubprocessError, OSError):
-        return None
+    except subprocess.CalledProcessError as error:
+        raise NoAnswer(complaint(error.stderr)) from None
+    except (subprocess.SubprocessError, OSError) as error:
+        raise NoAnswer(complaint(str(error))) from None
     lines = [line.split("|", 2) for line in answer.stdout.splitlines()]
     return {line[0]: (line[2], line[1]) for line in lines if len(line) == 3}
+
+
+def cluster_name() -> str:
+    """The name of the cluster; "" where Slurm does not say it."""
+    if name := os.environ.get("SLURM_CLUSTER_NAME"):
+        return name
+    command = ["scontrol", "show", "config"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return ""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", answer.stdout, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def living(batch: Batch, there: dict[str, tuple[str, str]]) -> dict[int, str]:
@@ -265,6 +309,8 @@ class Head:
     of_jobs: dict  # options of `run_plan` in a job
     left: dict[str, Planned]  # cells that are still to be trained
     gone: dict[str, float] = field(default_factory=dict)  # key -> when it was in no job any more
+    refused: dict[str, str] = field(default_factory=dict)  # key -> why it is in none
+    cluster: str = field(default_factory=cluster_name)
 
     @property
     def folder(self) -> Path:
@@ -272,18 +318,19 @@ class Head:
 
     # -- submitting ----------------------------------------------------------------------------
     def submit(self) -> None:
-        """Submit the cells that are in no job; one head at a time."""
+        """Submit the cells that are in no job; one head at a time.
+
+        Raises: UserError where Slurm does not answer; Refused where it has no job of these cells.
+        """
         claim = self.alone()
+        ids: dict[str, str] = {}  # key -> id of the job that it is in
         try:
-            there = queue()
-            while there is None:
-                time.sleep(POLL)
-                there = queue()
-            ids = self.known(there)
+            ids |= self.known(self.answer())
             missing = [planned for key, planned in self.left.items() if key not in ids]
             costs = {planned.key: cost_of(planned, self.plan.cells) for planned in missing}
-            first = urgency(missing, costs)
-            waiting = {p.key: p for p in sorted(missing, key=lambda p: -first[p.key])}
+            first, turn = urgency(missing, costs), self.plan.turn
+            order = sorted(missing, key=lambda p: (turn.get(p.key, 0), -first[p.key]))
+            waiting = {planned.key: planned for planned in order}
             while waiting:
                 groups: dict[frozenset[str], list[str]] = {}  # by the jobs that come before
                 for key, planned in waiting.items():
@@ -295,8 +342,25 @@ class Head:
                     number = math.ceil(len(keys) / self.options.cells)
                     jobs = [keys[start::number] for start in range(number)]
                     for start in range(0, number, ARRAY):
+                        if claim.overtaken:
+                            raise UserError(
+                                "another command submits these cells by now, since this one was "
+                                "stopped for long: run the same command again to watch them."
+                            )
                         ids |= ids_of(self.submit_array(jobs[start : start + ARRAY], before))
                 waiting = {key: planned for key, planned in waiting.items() if key not in ids}
+        except Refused as error:
+            jobs = {ids[key] for key in self.left if key in ids}
+            if not jobs:
+                raise
+            why = f"it is in no job: {error.why}"
+            self.refused = {k: f"cell {k[:16]}: {why}" for k in self.left if k not in ids}
+            print(
+                f"replib: {len(jobs)} jobs were taken, {error.jobs} refused ({error.why}): "
+                f"{len(self.refused)} cells are in none; run the same command again later.",
+                file=sys.stderr,
+                flush=True,
+            )
         finally:
             claim.release(finished=True)
 
@@ -307,12 +371,44 @@ class Head:
             time.sleep(1)
         return claim
 
+    def answer(self) -> dict[str, tuple[str, str]]:
+        """`queue`, as soon as Slurm answers. Raises: UserError where it does not for long."""
+        for tries in range(1, TRIES + 1):
+            try:
+                return queue()
+            except NoAnswer as error:
+                said = str(error)
+            if tries == TOLD:
+                print(f"replib: {UNANSWERED} ({said}).", file=sys.stderr, flush=True)
+            time.sleep(POLL)
+        raise UserError(
+            f"Slurm does not answer ({said}): nothing was submitted; run the same command again "
+            "when squeue works here."
+        )
+
+    def batches(self) -> list[Batch]:
+        """What was written down of this user's jobs on this cluster: the queue shows no others."""
+        found = []
+        for batch in Batch.all(self.folder):
+            here = not self.cluster or batch.cluster in ("", self.cluster)
+            if here and batch.user in (None, os.getuid()):
+                found.append(batch)
+        return found
+
+    def alive(self, batch: Batch, there: dict[str, tuple[str, str]]) -> dict[int, str]:
+        """`living`; jobs of which no head knew get what they are to do."""
+        known = batch.ids is not None
+        found = living(batch, there)
+        if batch.ids is not None and not known:
+            self.hand_over(batch)
+        return found
+
     def known(self, there: dict[str, tuple[str, str]]) -> dict[str, str]:
         """key -> id of the job that it is in; batches of which Slurm knows no job any more are
         forgotten."""
         found = {}
-        for batch in Batch.all(self.folder):
-            alive = living(batch, there)
+        for batch in self.batches():
+            alive = self.alive(batch, there)
             for number in range(len(batch.jobs)):
                 if number not in alive:  # what it said is of a try that is over
                     self.error_of(batch, number).unlink(missing_ok=True)
@@ -320,31 +416,68 @@ class Head:
                 batch.write(self.folder)
                 found |= {key: batch.ids[n] for n in alive for key in batch.jobs[n]}
             else:
-                (self.folder / f"{batch.name}.json").unlink(missing_ok=True)
+                batch.path(self.folder).unlink(missing_ok=True)
         return found
 
     def submit_array(self, jobs: list[list[str]], after: frozenset[str]) -> Batch:
-        """Submit these jobs, to be started when those of the ids `after` have ended."""
-        import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        """Submit these jobs, to be started when those of the ids `after` have ended.
 
-        batch = Batch(f"replib-{secrets.token_hex(4)}", jobs)
+        Raises: Refused.
+        """
+        import submitit
+
+        name, user = f"replib-{secrets.token_hex(4)}", os.getuid()
+        batch = Batch(name, jobs, user=user, cluster=self.cluster)
         batch.write(self.folder)
         try:
             made = submitit.SlurmExecutor(self.folder / "log", max_num_timeout=REQUEUES)
             made.update_parameters(**self.parameters(batch.name, after))
             with made.batch():
                 submitted = [made.submit(job) for job in self.jobs_of(batch)]
-        except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
-            (self.folder / f"{batch.name}.json").unlink(missing_ok=True)
-            said = [line for line in str(error).splitlines() if "error" in line.lower()]
-            raise UserError(
-                f"Slurm takes no job: {(said or [str(error)])[-1].strip()} (--slurm says what is "
-                "asked for)."
-            ) from None
-        batch.ids = [str(job.job_id) for job in submitted]
+            batch.ids = [str(job.job_id) for job in submitted]
+        except (RuntimeError, OSError) as error:  # submitit's are of the first kind
+            why = complaint(str(error))
+            if not self.taken(batch, late="timed out" in why.lower()):
+                if isinstance(error, OSError):
+                    raise
+                raise Refused(why, len(jobs)) from None
         batch.write(self.folder)
         return batch
+
+    def taken(self, batch: Batch, late: bool) -> bool:
+        """Whether Slurm has the jobs of a batch though sbatch failed: its answer may be lost.
+
+        late: they may appear later. Unless they surely do not, what was written down of them stays,
+        for the next command to ask again.
+        """
+        surely = False
+        for tries in range(LOOKS if late else 1):
+            time.sleep(POLL if tries else 0)
+            with contextlib.suppress(NoAnswer):
+                if self.alive(batch, queue()):
+                    return True
+                surely = not late
+        if surely:
+            batch.path(self.folder).unlink(missing_ok=True)
+        return False
+
+    def hand_over(self, batch: Batch) -> None:
+        """Leave for the jobs of a batch what they are to do, for which they wait a minute: submitit
+        does so after sbatch has answered, and did not come to it."""
+        from submitit.core.utils import DelayedSubmission, JobPaths
+
+        if any(key not in self.plan.cells for keys in batch.jobs for key in keys):
+            return  # of another table
+        for job, one in zip(self.jobs_of(batch), batch.ids, strict=True):
+            path = JobPaths(self.folder / "log", one).submitted_pickle
+            if path.exists():
+                continue
+            asked = DelayedSubmission(job)
+            asked.set_timeout(self.options.time, REQUEUES)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+            asked.dump(beside)
+            beside.replace(path)
 
     def jobs_of(self, batch: Batch) -> list[Job]:
         """What the jobs of a batch do."""
@@ -395,7 +528,7 @@ class Head:
         """Wait until every cell is finished, or in no job; key -> why, for the latter."""
         total = sum(planned.epochs for planned in self.left.values())
         failed: dict[str, str] = {}
-        done, asked, there = 0, -math.inf, None
+        done, asked, silent = 0, -math.inf, 0
         bar = tqdm(
             total=total,
             desc=f"{title} {len(self.left)} cells on Slurm".strip(),
@@ -412,17 +545,22 @@ class Head:
                     failed.pop(key, None)
                 bar.n = done + self.epochs()
                 bar.refresh()
-                if time.monotonic() - asked > ASK and (now := queue()) is not None:
-                    asked, there = time.monotonic(), now
-                    states = self.states(there)
-                    failed |= self.lost(states)
-                    counts = Counter(states.values()).items()
-                    bar.set_postfix_str(", ".join(f"{n} {state.lower()}" for state, n in counts))
+                if time.monotonic() - asked > ASK:
+                    try:
+                        states = self.states(queue())
+                        asked, silent = time.monotonic(), 0
+                        failed = self.lost(states)
+                        said = [f"{n} {s.lower()}" for s, n in Counter(states.values()).items()]
+                        bar.set_postfix_str(", ".join(said))
+                    except NoAnswer as error:
+                        silent += 1
+                        if silent == TOLD:
+                            bar.write(f"replib: {UNANSWERED} ({error}).", file=sys.stderr)
                 if self.left.keys() <= failed.keys():
                     return failed
                 time.sleep(POLL)
         except KeyboardInterrupt:
-            names = {batch.name for batch in Batch.all(self.folder)}
+            names = {batch.name for batch in self.batches()}
             bar.write(
                 f"The jobs go on. scancel --name {','.join(sorted(names))} ends them.",
                 file=sys.stderr,
@@ -438,8 +576,8 @@ class Head:
     def states(self, there: dict[str, tuple[str, str]]) -> dict[str, str]:
         """key -> state of its job, of the cells that are left and in one."""
         found = {}
-        for batch in Batch.all(self.folder):
-            for number, state in living(batch, there).items():
+        for batch in self.batches():
+            for number, state in self.alive(batch, there).items():
                 found |= {key: state for key in batch.jobs[number] if key in self.left}
         return found
 
@@ -451,6 +589,7 @@ class Head:
                 self.gone.pop(key, None)
                 continue
             why, log = self.said(key)
+            why = self.refused.get(key, why)
             if why or now - self.gone.setdefault(key, now) > SETTLE:
                 out[key] = why or f"cell {key[:16]}: its job ended without a result (see {log})."
         return out
@@ -458,7 +597,7 @@ class Head:
     def said(self, key: str) -> tuple[str | None, Path]:
         """(what the job of a cell says of its failure, where its log is)."""
         log = self.folder / "log"
-        for batch in Batch.all(self.folder):
+        for batch in self.batches():
             for number, keys in enumerate(batch.jobs):
                 if key in keys:
                     log = (
