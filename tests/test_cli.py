@@ -193,6 +193,22 @@ def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_two_machines_write_a_file_at_once(tmp_path, monkeypatch):
+    """Their processes have the same number; each renames what it wrote itself."""
+    path, fsync = tmp_path / "weights.ckpt", os.fsync
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        checkpoint.write_bytes(path, b"theirs")
+        assert path.read_bytes() == b"theirs"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    checkpoint.write_bytes(path, b"ours")
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+
+
 def test_list_names_every_profile(project, capfd):
     assert main(["list"]) == 0
     listed = capfd.readouterr().out

@@ -1,5 +1,7 @@
 """Data sets and splits: in memory, and in their files."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -275,6 +277,24 @@ def test_streamed_folders_name_their_mistakes(tmp_path):
     (root / "train/dog/1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"train/dog/1\.png is not a readable image"):
         load("imagefolder", str(root), 4, resident=False)
+
+
+def test_two_machines_keep_the_same_at_once(tmp_path, monkeypatch):
+    """They share the cache, and their processes have the same number."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    save, written = np.save, []
+
+    def meanwhile(stream, array, allow_pickle):
+        written.append(stream.name)
+        if len(written) == 1:
+            data.kept(["key"], lambda: np.arange(3))
+        save(stream, array, allow_pickle=allow_pickle)
+
+    monkeypatch.setattr(np, "save", meanwhile)
+    data.kept(["key"], lambda: np.arange(3))
+    assert len(set(written)) == 2
+    assert data.kept(["key"], lambda: None).tolist() == [0, 1, 2]
+    assert len(list((tmp_path / "cache/replib").iterdir())) == 1
 
 
 def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):

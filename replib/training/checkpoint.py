@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
+import secrets
 from pathlib import Path
 
 import torch
@@ -23,21 +25,28 @@ class Foreign(BadCheckpoint):
     """The file is not one of ours at all."""
 
 
+def draft_of(path: Path) -> Path:
+    """A name beside a file, for what is renamed to it once it is whole: nobody else's, also where
+    several machines share the folder and their processes have the same numbers."""
+    own = f"{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{own}.part")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; a reader never sees half of it. Of several processes that
     train together the first one writes."""
     if parallel.place():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = draft_of(path)
     try:
-        with beside.open("wb") as file:
+        with draft.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        draft.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def save(path: Path, key: str, state: dict) -> None:

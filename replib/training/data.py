@@ -32,6 +32,7 @@ from torch import Tensor
 
 from replib.errors import UserError
 from replib.foreign import text_of
+from replib.training.checkpoint import draft_of
 from replib.training.loader import Folder, batches, cores, header, readable
 
 DATA = {
@@ -410,14 +411,14 @@ def kept(key: list[str], make: Callable[[], np.ndarray]) -> np.ndarray:
     except (OSError, ValueError, EOFError):  # absent, or cut short
         pass
     array = make()
-    beside = file.with_suffix(f".{os.getpid()}.part")
+    draft = draft_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as stream:
+        with draft.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
-        beside.replace(file)
+        draft.replace(file)
     except OSError:  # a cache only saves time
-        beside.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
     return array
 
 

@@ -12,13 +12,13 @@ classification that learnt the first are backbones for the others.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from replib.training.checkpoint import draft_of
 from replib.training.data import cache_folder, derive
 
 VERSION = 1  # raise when what is drawn changes
@@ -181,11 +181,10 @@ def drawn(name: str) -> Path:
     all."""
     folder = cache_folder() / f"{name}-{VERSION}"
     if not folder.is_dir():
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        DRAWN[name](beside)
+        draft = draft_of(folder)
+        DRAWN[name](draft)
         try:
-            beside.rename(folder)
+            draft.rename(folder)
         except OSError:  # another process was first
-            shutil.rmtree(beside)
+            shutil.rmtree(draft)
     return folder
