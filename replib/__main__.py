@@ -700,6 +700,10 @@ def main(argv: list[str] | None = None) -> int:
         name = f"{error.filename}: " if error.filename else ""
         print(f"replib: {name}{error.strerror or error}.", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        said = str(error) or "this needs more memory than there is"
+        print(f"replib: {said}: run the same command again where there is more.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("replib: stopped; run the same command again to go on.", file=sys.stderr)
         return 130

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 MOST_TEXT = 64 * 2**20  # bytes of a JSON or YAML file; the longest of ours has 2 MiB
+ALLOCATOR = "DefaultCPUAllocator"  # by which torch's RuntimeError tells that memory is short
 FACTOR = 4  # by which an archive of tensors may be longer unpacked: ours are not packed at all
+
+
+def regular(path: Path) -> io.BufferedReader:
+    """A file, to be read. Raises: OSError; ValueError for a pipe, which may be waited for, or a
+    device, which may have no end."""
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise ValueError("it is no regular file")
+    return path.open("rb")
 
 
 def text_of(path: Path) -> str:
     """A file of text. Raises: OSError; ValueError where it is too long, or not UTF-8."""
-    if not path.is_file() and path.exists() and not path.is_dir():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
+    with regular(path) as file:
         content = file.read(MOST_TEXT + 1)
     if len(content) > MOST_TEXT:
         raise ValueError(f"it is longer than {MOST_TEXT >> 20} MiB")
@@ -39,9 +46,10 @@ def unpickled(source: Path | bytes, allowed: Sequence = ()) -> object:
     """What `torch.save` wrote, as tensors and plain values; no code of the file runs.
 
     allowed: classes beside torch's own, as `torch.serialization.safe_globals` takes them.
-    Raises: OSError where the file cannot be read; ValueError, in one line, for anything else.
+    Raises: OSError where the file cannot be read; MemoryError where there is too little of it, of
+    which the file may be innocent; ValueError, in one line, for anything else.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    file = io.BytesIO(source) if isinstance(source, bytes) else regular(source)
     with file:
         try:
             refuse_bomb(file)
@@ -50,6 +58,8 @@ def unpickled(source: Path | bytes, allowed: Sequence = ()) -> object:
         except UnpicklingError:  # torch's own words advise to load it all the same
             raise ValueError("it is damaged, or holds more than tensors and plain values") from None
         except Exception as error:  # whatever a foreign file provokes
+            if isinstance(error, MemoryError) or ALLOCATOR in str(error):
+                raise MemoryError("its values need more memory than there is") from None
             raise ValueError(in_one_line(error)) from None
 
 
@@ -71,14 +81,23 @@ def refuse_bomb(file: io.BufferedIOBase) -> None:
     file.seek(0)
 
 
-def refuse_claims(tensors: dict[str, Tensor]) -> None:
-    """Raises: ValueError for a tensor without values of its own for all that its shape says."""
-    for name, tensor in tensors.items():
-        whole = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not whole or tensor.is_quantized:
+def refuse_claims(value: object, empty: bool = False) -> None:
+    """Raises: ValueError for a tensor, however deep inside of `value`, without values of its own
+    for all that its shape says; empty: whether one that says none is let be."""
+    left, seen = [("", value)], set()
+    while left:
+        name, one = left.pop()
+        if isinstance(one, dict | list | tuple | set):
+            if id(one) not in seen:  # a pickle may hold itself
+                seen.add(id(one))
+                left += one.items() if isinstance(one, dict) else enumerate(one)
+            continue
+        if not isinstance(one, Tensor):
+            continue
+        if one.layout != torch.strided or one.device.type != "cpu" or one.is_quantized:
             raise ValueError(f"{name!r} is no plain tensor")
-        held = tensor.untyped_storage().nbytes()
-        if not tensor.numel() or tensor.numel() * tensor.element_size() > held:
+        held, claimed = one.untyped_storage().nbytes(), one.numel() * one.element_size()
+        if claimed > held or not (claimed or empty):
             raise ValueError(
-                f"{name!r} of shape {tuple(tensor.shape)} has values for {held} bytes only"
+                f"{name!r} of shape {tuple(one.shape)} has values for {held} bytes only"
             )

@@ -209,6 +209,15 @@ def test_two_machines_write_a_file_at_once(tmp_path, monkeypatch):
     assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
+def test_too_little_memory_is_told_in_one_line(capfd, monkeypatch):
+    def lacking(arguments):
+        raise MemoryError(*said)
+
+    monkeypatch.setitem(COMMANDS, "proofs", lacking)
+    for said in ((), ("weights.ckpt needs more memory than there is",)):
+        refused(capfd, ["proofs"], [*said, "memory", "where there is more"])
+
+
 def test_list_names_every_profile(project, capfd):
     assert main(["list"]) == 0
     listed = capfd.readouterr().out

@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
+from test_start import CELL
 from torch import nn
 
 from replib import official
@@ -36,6 +37,7 @@ from replib.__main__ import main
 from replib.blocks import BLOCKS
 from replib.checkpoint import described, digest, load_model, save_model
 from replib.errors import UserError
+from replib.experiments.cells import plan
 from replib.experiments.evidence import problem
 from replib.experiments.params import load_table
 from replib.experiments.store import Store, read_evidence, sha256
@@ -180,16 +182,48 @@ def changed_values(value: object, draw: random.Random) -> object:
 @many
 @given(seeds)
 def test_params(tmp_path_factory, seed):
-    draw = random.Random(seed)
-    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    draw, folder = random.Random(seed), tmp_path_factory.getbasetemp()
+    path = folder / "fuzzed.yaml"
     if draw.random() < 0.5:
         content = changed_bytes(TINY.encode(), draw)
     else:
-        changed = changed_values(yaml.safe_load(TINY), draw)
-        content = yaml.safe_dump(changed).encode(errors="surrogatepass")
+        table = yaml.safe_load(TINY)
+        if named := draw.random() < 0.5:
+            row, role = draw.choice(list(table["rows"].values())), draw.choice([*ROLES])
+            row |= {role: draw.choice(no_files(folder)), "set": ROLES[role]}
+        if not named or draw.random() < 0.5:
+            table = changed_values(table, draw)
+        content = yaml.safe_dump(table).encode(errors="surrogatepass")
     path.write_bytes(content)
     with cleanly(UserError):
-        load_table(path)
+        plan(load_table(path), Store(folder))
+
+
+ROLES = {  # of a row, which may name any path; and what else the row needs to be one
+    "start": {},
+    "teacher": {"distill": {"alpha": 0.9, "temperature": 10.0}},
+    "scales": {"repopt": {}, "block": "convbn"},
+}
+
+
+def no_files(folder: Path) -> list[str]:
+    """A pipe, a device, a folder: none ends where a file would."""
+    pipe = folder / "pipe"
+    if not pipe.exists():
+        os.mkfifo(pipe)
+    return [str(pipe), "/dev/null", str(folder)]
+
+
+@pytest.mark.parametrize("kind", range(3), ids=["pipe", "device", "folder"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_path_that_is_no_file(role, kind, tmp_path):
+    path = no_files(tmp_path)[kind]
+    rows = {"row": {"label": "x", role: path, "set": ROLES[role]}}
+    table = dict(title="t", question="q", control="row", seeds=[0], cell=CELL, rows=rows)
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    said = rf"{role} \(='{path}'\) is neither .* \((it is no regular file|Is a directory)\)"
+    with cleanly(), pytest.raises(UserError, match=said):
+        plan(load_table(tmp_path / "table.yaml"), Store(tmp_path))
 
 
 def test_rows_that_need_one_another_many_times_over(tmp_path):
@@ -309,10 +343,10 @@ def test_checkpoints(tmp_path_factory, seed):
     if value is STATE or draw.random() < 0.5:
         content = changed_bytes(content, draw)
     path.write_bytes(MAGIC + hashlib.sha256(content).digest() + content)
-    with cleanly(BadCheckpoint):
+    with cleanly(BadCheckpoint, MemoryError):
         checkpoint.load(path)
     path.write_bytes(content)
-    with cleanly(ValueError):
+    with cleanly(ValueError, MemoryError):
         official.read_state(path)
     assert not Path("made").exists()
 
@@ -340,6 +374,15 @@ def test_a_tensor_that_claims_more_than_the_file_has(tensor, tmp_path):
     torch.save({"linear.weight": tensor}, tmp_path / "claims.pth")
     with cleanly(), pytest.raises(ValueError, match=r"weight.* (values for|no plain tensor)"):
         official.read_state(tmp_path / "claims.pth")
+
+
+@pytest.mark.parametrize("kind", range(2), ids=["pipe", "device"])
+def test_a_checkpoint_that_is_no_file(kind, tmp_path):
+    path = no_files(tmp_path)[kind]
+    with cleanly(), pytest.raises(ValueError, match="it is no regular file"):
+        official.read_state(path)
+    with cleanly(), pytest.raises(BadCheckpoint, match="it is no regular file"):
+        checkpoint.load(Path(path))
 
 
 def manifest_of(model: nn.Module) -> tuple[dict, dict]:

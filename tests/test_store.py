@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replib.__main__ import main
+from replib.blocks import BLOCKS
 from replib.experiments.store import Store, compact, read_evidence, sha256
 from replib.report.results import Results
 from replib.training import checkpoint
@@ -121,13 +122,14 @@ def saved(store) -> bytes:
 
 
 def refused(store, content: bytes, name: str = "checkpoint") -> str:
-    """The word with which the content is refused; the file is gone then."""
+    """The word with which the content is refused; the file is out of the way then, and kept."""
     path = store.folder(KEY) / f"{name}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     state, problem = store.load(KEY, name)
     assert state is None and str(path) in problem and "starts again" in problem
     assert problem.isprintable() and not path.exists()
+    assert path.with_name(f"{path.name}.refused").read_bytes() == content
     return problem
 
 
@@ -190,6 +192,67 @@ def test_a_checkpoint_of_another_shape(inside, store):
     torch.save(inside, buffer)
     payload = buffer.getvalue()
     refused(store, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+CLAIMS = torch.zeros(1).expand(10**9, 512)
+
+
+@pytest.mark.parametrize("state", [{"w": CLAIMS}, {"a": [1, {"b": ({"w": CLAIMS},)}]}])
+def test_a_checkpoint_that_claims_more_than_it_has(state, store):
+    store.save(KEY, "checkpoint", state)
+    path = store.folder(KEY) / "checkpoint.ckpt"
+    assert "'w' of shape (1000000000, 512) has values for 4 bytes only" in refused(
+        store, path.read_bytes()
+    )
+
+
+def test_a_checkpoint_may_hold_itself_and_what_is_empty(store):
+    """As the scores of DyRep before the first step; a circle is no endless way down."""
+    state = {"total": torch.zeros(0, 3), "inside": []}
+    state["inside"].append(state["inside"])
+    store.save(KEY, "checkpoint", state)
+    assert store.load(KEY, "checkpoint")[0]["total"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_no_state_of_ours_claims_more_than_it_has(block, store):
+    made = BLOCKS[block](4, 4, 1 if block == "orepa_1x1" else 3)
+    store.save(KEY, "weights", {"model": made.state_dict()})
+    assert store.load(KEY, "weights")[1] is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [lambda: bytearray(1 << 60), lambda: torch.empty(1 << 58)],
+    ids=["by Python", "by torch"],
+)
+@pytest.mark.parametrize("name", ["weights", "checkpoint"])
+def test_nothing_is_refused_because_memory_is_short(name, asked, store, monkeypatch):
+    """What has the right hash is whole; it is read when there is more."""
+    store.save(KEY, name, STATE)
+    with monkeypatch.context() as short, pytest.raises(MemoryError) as error:
+        short.setattr(torch, "load", lambda *_, **__: asked())
+        store.load(KEY, name)
+    path = store.folder(KEY) / f"{name}.ckpt"
+    assert str(error.value) == f"{path} needs more memory than there is"
+    assert list(path.parent.iterdir()) == [path] and store.load(KEY, name)[1] is None
+
+
+def test_of_two_processes_that_refuse_a_file_one_moves_it(store, monkeypatch):
+    saved(store)
+    path = store.folder(KEY) / "checkpoint.ckpt"
+    path.write_bytes(b"damaged")
+    inner = checkpoint.load
+
+    def load(*arguments):
+        with monkeypatch.context() as other:
+            other.setattr(checkpoint, "load", inner)
+            assert store.load(KEY, "checkpoint")[1] is not None
+        raise BadCheckpoint("damaged")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert "starts again" in store.load(KEY, "checkpoint")[1]
+    assert path.with_name("checkpoint.ckpt.refused").read_bytes() == b"damaged"
 
 
 def test_a_bad_checkpoint_says_so_and_the_cell_starts_again(project, in_process, capfd):

@@ -3,6 +3,7 @@
     reports/runs/KEY/result.json      this machine's own evidence
     reports/runs/KEY/weights.ckpt     the selected weights, for cells that start from it
     reports/runs/KEY/checkpoint.ckpt  a run that was stopped, to go on from
+    reports/runs/KEY/*.ckpt.refused   one of these that was damaged, or of another cell
     reports/runs/KEY/claim.N          who trains the cell (replib.experiments.claims)
     reports/evidence/KEY.json         published evidence, committed
 
@@ -12,6 +13,7 @@ context says where and how it was made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -117,8 +119,11 @@ class Store:
         try:
             return checkpoint.load(path, f"{name} {key}"), None
         except BadCheckpoint as error:
-            path.unlink(missing_ok=True)
-            return None, f"{error}: not used, this cell starts again"
+            refused = path.with_name(f"{path.name}.refused")
+            with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+                path.replace(refused)
+            said = f"not used but kept as {refused.name}, this cell starts again"
+            return None, f"{error}: {said}"
 
     def has_weights(self, key: str) -> bool:
         """Whether the selected weights of a cell are at hand and whole."""

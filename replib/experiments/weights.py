@@ -12,6 +12,7 @@ from replib import official
 from replib.checkpoint import load_model
 from replib.errors import UserError
 from replib.experiments.store import home
+from replib.foreign import regular
 from replib.training import checkpoint
 
 State = dict[str, Tensor]
@@ -28,7 +29,8 @@ def file_digest(path: str, role: str = "start", text: str | None = None) -> str:
     role, text: the parameter that named the file, and its whole value, for the message.
     """
     try:
-        return hashlib.sha256(Path(located(path)).read_bytes()).hexdigest()
+        with regular(Path(located(path))) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{role} (={text or path!r}) is neither a row of this table, nor the key of a cell, "

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from replib import parallel
-from replib.foreign import unpickled
+from replib.foreign import in_one_line, refuse_claims, regular, unpickled
 
 MAGIC = b"replib-checkpoint-1\n"
 
@@ -60,22 +60,34 @@ def save(path: Path, key: str, state: dict) -> None:
 def load(path: Path, key: str | None = None) -> dict | None:
     """What `save` stored under `key` (None: any key); None where there is no file.
 
-    Raises: BadCheckpoint, in one line, for a file that is cut short, damaged or of another cell.
+    Raises: BadCheckpoint, in one line, for a file that is cut short, damaged or of another cell;
+    MemoryError for one that does not fit into memory: nothing is wrong with it.
     """
     try:
-        content = path.read_bytes()
+        owner, state = opened(path)
     except FileNotFoundError:
         return None
-    head, payload = len(MAGIC) + 32, content[len(MAGIC) + 32 :]
-    if not content.startswith(MAGIC):
-        raise Foreign(f"{path} is not a checkpoint of replib")
-    if hashlib.sha256(payload).digest() != content[len(MAGIC) : head]:
-        raise BadCheckpoint(f"{path} is truncated or damaged")
-    try:
-        stored = unpickled(payload)
-        owner, state = str(stored["key"]), dict(stored["state"])
-    except Exception:  # another value than ours, of any kind
-        raise BadCheckpoint(f"{path} is not a checkpoint of replib") from None
     if key not in (None, owner):
         raise BadCheckpoint(f"{path} belongs to {owner}, not to {key}")
     return state
+
+
+def opened(path: Path) -> tuple[str, dict]:
+    """(key, state) as they were given to `save`. Raises: OSError; the errors of `load`."""
+    try:
+        with regular(path) as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise Foreign(f"{path} is not a checkpoint of replib")
+            digest, payload = file.read(32), file.read()
+        if hashlib.sha256(payload).digest() != digest:
+            raise BadCheckpoint(f"{path} is truncated or damaged")
+        stored = unpickled(payload)
+        refuse_claims(stored, empty=True)
+        return str(stored["key"]), dict(stored["state"])
+    except (OSError, BadCheckpoint):
+        raise
+    except MemoryError:
+        raise MemoryError(f"{path} needs more memory than there is") from None
+    except Exception as error:  # another value than ours, of any kind
+        said = in_one_line(error)
+        raise BadCheckpoint(f"{path} is not a checkpoint of replib ({said})") from None
