@@ -509,9 +509,8 @@ def reports(arguments: argparse.Namespace) -> None:
 def evidence(arguments: argparse.Namespace) -> None:
     from replib.experiments import queue
     from replib.experiments.evidence import key_problem, problem
-    from replib.experiments.store import Store, compact, read_evidence, sha256
+    from replib.experiments.store import Store, read_evidence, sha256
     from replib.foreign import json_of
-    from replib.training.checkpoint import write_bytes
 
     store = Store()
     if arguments.action == "check":
@@ -542,11 +541,15 @@ def evidence(arguments: argparse.Namespace) -> None:
                 raise UserError(f"{path}: key (={key!r}) is not one of a cell; nothing was taken.")
         if problems := [said for one in found if (said := key_problem(one))]:
             raise UserError(f"{path}: evidence of no cell ({problems[0]}); nothing was taken.")
-        for one in found:
-            write_bytes(store.published_path(one["result"]["key"]), compact(one))
-        states = queue.take_states(path, store)
+        try:
+            queue.take_evidence(found, store)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        states, left = queue.take_states(path, store)
         also = f"; {states} files to go on from are in {store.runs}" if states else ""
         print(f"{len(found)} evidence files from {path} are in {store.published}{also}.")
+        for line in left:
+            print(line)
 
 
 def bench(arguments: argparse.Namespace) -> int:

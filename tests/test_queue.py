@@ -11,7 +11,9 @@ from test_cells import CELL
 from replib.__main__ import main
 from replib.errors import UserError
 from replib.experiments import executor, queue
+from replib.experiments.claims import Claims
 from replib.experiments.store import Store
+from replib.training import checkpoint
 
 
 def table(**epochs):
@@ -202,10 +204,98 @@ def test_a_bundle_takes_no_file_from_elsewhere(project, tmp_path):
     folder = queue.states_folder(bundle)
     folder.mkdir()
     for name in ("0" * 16 + "-result.ckpt", "x-checkpoint.ckpt", "0" * 16 + "-weights.ckpt"):
-        (folder / name).write_bytes(b"")
+        checkpoint.save(folder / name, "weights " + "0" * 64, {})
     store = Store()
-    assert queue.take_states(bundle, store) == 1
+    assert queue.take_states(bundle, store) == (1, [])
     assert [p.name for p in store.runs.rglob("*.ckpt")] == ["weights.ckpt"]
+
+
+# -- what is here already --------------------------------------------------------------------------
+KEY = "a" * 64
+
+
+def at(epochs, batch=0, **more):
+    """A checkpoint so far."""
+    return {"progress": {"history": [{}] * epochs, "batch": batch}} | more
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle beside which lie a checkpoint, after two epochs and three steps, and weights."""
+    path = tmp_path / "results.json"
+    folder = queue.states_folder(path)
+    for name, state in (("checkpoint", at(2, 3)), ("weights", {"from": "elsewhere"})):
+        checkpoint.save(folder / f"{KEY[:16]}-{name}.ckpt", f"{name} {KEY}", state)
+    return path
+
+
+def taken(bundle, name):
+    """(what a cell finds afterwards, why the file was not taken)."""
+    count, left = queue.take_states(bundle, Store())
+    assert count + len(left) == len(list(queue.states_folder(bundle).iterdir()))
+    why = [line for line in left if f"-{name}.ckpt is not taken: " in line]
+    return Store().load(KEY, name)[0], why and why[0].rpartition(": ")[2]
+
+
+@pytest.mark.parametrize("own", [at(1, 9), at(2, 2), None])
+def test_a_checkpoint_that_is_further_is_taken(own, project, bundle):
+    if own is not None:
+        Store().save(KEY, "checkpoint", own)
+    assert taken(bundle, "checkpoint") == (at(2, 3), [])
+
+
+@pytest.mark.parametrize("own", [at(2, 3, mine=1), at(2, 4), at(3, 0)])
+def test_a_checkpoint_that_is_as_far_is_kept(own, project, bundle):
+    Store().save(KEY, "checkpoint", own)
+    assert taken(bundle, "checkpoint") == (own, "this cell is as far here.")
+
+
+def test_whole_weights_are_kept_and_damaged_ones_replaced(project, bundle):
+    Store().save(KEY, "weights", {"from": "here"})
+    assert taken(bundle, "weights") == ({"from": "here"}, "this cell has weights here.")
+    (Store().folder(KEY) / "weights.ckpt").write_bytes(b"damaged")
+    assert taken(bundle, "weights") == ({"from": "elsewhere"}, [])
+
+
+def test_a_finished_cell_takes_nothing(project, bundle):
+    store = Store()
+    store.write(KEY, {"key": KEY}, {})
+    for name in ("checkpoint", "weights"):
+        assert taken(bundle, name) == (None, "this cell is finished here.")
+    assert [path.name for path in store.folder(KEY).iterdir()] == ["result.json"]
+
+
+def test_a_cell_that_is_being_trained_takes_nothing(project, bundle):
+    claim = Claims().take(Store().folder(KEY))
+    kept, why = taken(bundle, "checkpoint")
+    assert kept is None and why == "a run trains this cell, add it when that has ended."
+    claim.release()
+    assert taken(bundle, "checkpoint") == (at(2, 3), [])
+
+
+@pytest.mark.parametrize("how", ["damaged", "of another cell", "of another kind", "no run's"])
+def test_a_file_that_is_not_what_it_says_is_not_taken(how, project, bundle):
+    """However far it says to be: what is here would be lost."""
+    Store().save(KEY, "checkpoint", at(1))
+    path = queue.states_folder(bundle) / f"{KEY[:16]}-checkpoint.ckpt"
+    if how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "no run's":
+        checkpoint.save(path, f"checkpoint {KEY}", {"progress": None})
+    else:
+        owner = f"weights {KEY}" if "kind" in how else "checkpoint " + "b" * 64
+        checkpoint.save(path, owner, at(9))
+    kept, why = taken(bundle, "checkpoint")
+    assert kept == at(1) and why.isprintable() and why
+
+
+def test_what_is_not_taken_is_told(project, bundle, capfd):
+    bundle.write_text('{"evidence": []}')
+    Store().save(KEY, "weights", {})
+    assert main(["evidence", "add", str(bundle)]) == 0
+    said, line = capfd.readouterr().out.splitlines()
+    assert "1 files to go on from" in said
+    assert line.endswith(f"{KEY[:16]}-weights.ckpt is not taken: this cell has weights here.")
 
 
 def test_an_unknown_table(project):

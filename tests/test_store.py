@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,6 +328,46 @@ def test_a_bundle_is_taken_in(project, capfd):
     store.published_path(key).rename(store.published_path(OTHER))
     assert main(["evidence", "check"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def bundle_of(project, *accuracies: float) -> Path:
+    """A bundle with a cell for every seed from 0, whose tests come out so."""
+    found = []
+    for seed, accuracy in enumerate(accuracies):
+        result = whole({"parameters": {"seed": seed}, "data": {"digest": "d"}})
+        result["deployed"]["test_accuracy"] = accuracy
+        made = {name: result[name] for name in ("parameters", "versions")} | {"data": "d"}
+        result["key"] = sha256(made)
+        found.append(sealed(result) | {"context": CONTEXT | {"commit": f"{accuracies}"}})
+    path = project.folder / "bundle.json"
+    path.write_bytes(compact({"evidence": found}))
+    return path
+
+
+def test_a_published_result_is_not_replaced_by_another(project, capfd):
+    """The cell is named, and the others of the bundle are not taken either."""
+    assert main(["evidence", "add", str(bundle_of(project, 0.5))]) == 0
+    (path,) = Store().published.iterdir()
+    before = path.read_bytes()
+    capfd.readouterr()
+    assert main(["evidence", "add", str(bundle_of(project, 0.25, 0.75))]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "nothing was taken" in error
+    assert str(path) in error and f"cell {path.stem} " in error
+    assert list(Store().published.iterdir()) == [path] and path.read_bytes() == before
+    assert main(["evidence", "add", str(bundle_of(project, 0.5, 0.75))]) == 0
+    assert path.read_bytes() == before  # the same result: also of when and where it was found
+    assert len(list(Store().published.iterdir())) == 2
+
+
+def test_a_bundle_with_two_results_of_a_cell_is_refused(project, capfd):
+    first, second = (json.loads(bundle_of(project, a).read_bytes()) for a in (0.5, 0.25))
+    both = {"evidence": first["evidence"] + second["evidence"]}
+    (project.folder / "bundle.json").write_bytes(compact(both))
+    assert main(["evidence", "add", str(project.folder / "bundle.json")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "another result in the same bundle" in error
+    assert not Store().published.exists()
 
 
 def sealed(result: object) -> dict:

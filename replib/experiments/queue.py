@@ -16,10 +16,14 @@ from pydantic import Field, ValidationError
 
 from replib.errors import UserError
 from replib.experiments.cells import Plan, plan
+from replib.experiments.claims import Claims
 from replib.experiments.params import Strict, in_one_line, load_table, parse_yaml
-from replib.experiments.store import Store, home
+from replib.experiments.store import KEY_LENGTH, Store, compact, home
 from replib.foreign import text_of
-from replib.training.checkpoint import write_bytes
+from replib.training import checkpoint
+from replib.training.checkpoint import BadCheckpoint, write_bytes
+
+STATE = re.compile(r"([0-9a-f]{16})-(checkpoint|weights)\.ckpt")
 
 
 class Entry(Strict):
@@ -127,11 +131,68 @@ def save_states(plan: Plan, store: Store, bundle: Path) -> list[Path]:
     return sorted(out)
 
 
-def take_states(bundle: Path, store: Store) -> int:
-    """Put them where cells look for them; how many. A damaged one is refused by its cell."""
-    found = 0
+def take_evidence(found: list[dict], store: Store) -> None:
+    """Put evidence to what is published. Where a cell's result is there already its file stays.
+
+    Raises: UserError, and nothing is taken, where a cell would have two results.
+    """
+    new: dict[str, dict] = {}
+    for one in found:
+        key = one["result"]["key"]
+        there = store.read(key, published=True)
+        if (there or new.setdefault(key, one))["result_sha256"] != one["result_sha256"]:
+            where = store.published_path(key) if there else "the same bundle"
+            raise UserError(
+                f"cell {key[:KEY_LENGTH]} has another result in {where}; nothing was taken: keep "
+                "one of the two."
+            )
+    for key, one in new.items():
+        write_bytes(store.published_path(key), compact(one))
+
+
+def take_states(bundle: Path, store: Store) -> tuple[int, list[str]]:
+    """Put what is to go on from where cells look for it; (how many files, why others were not
+    taken)."""
+    taken, left = 0, []
     for source in sorted(states_folder(bundle).glob("*.ckpt")):
-        if match := re.fullmatch(r"([0-9a-f]{16})-(checkpoint|weights)\.ckpt", source.name):
-            write_bytes(store.runs / match[1] / f"{match[2]}.ckpt", source.read_bytes())
-            found += 1
-    return found
+        if match := STATE.fullmatch(source.name):
+            if why := take_state(source, *match.groups(), store):
+                left.append(f"{source} is not taken: {why}.")
+            else:
+                taken += 1
+    return taken, left
+
+
+def take_state(source: Path, short: str, name: str, store: Store) -> str | None:
+    """Take one such file for the cell `short`, unless what is here is as good: then, why not."""
+    try:
+        owner, state = checkpoint.opened(source)
+    except BadCheckpoint as error:
+        return str(error)
+    kind, _, key = owner.partition(" ")
+    if (kind, key[:KEY_LENGTH]) != (name, short):
+        return "it is of another cell"
+    claim, finished = Claims().take(store.folder(key)), False
+    if claim is None:
+        return "a run trains this cell, add it when that has ended"
+    try:
+        if finished := store.read(key) is not None:
+            return "this cell is finished here"
+        own, _ = store.load(key, name)
+        if own is not None and name == "weights":
+            return "this cell has weights here"
+        if name == "checkpoint" and how_far(own) >= how_far(state):
+            return "this cell is as far here"
+        write_bytes(store.folder(key) / f"{name}.ckpt", source.read_bytes())
+    finally:
+        claim.release(finished)
+    return None
+
+
+def how_far(state: dict | None) -> tuple[int, int]:
+    """Epochs that a checkpoint has behind it, and steps of the next one; below 0 where it is
+    none."""
+    try:
+        return len(state["progress"]["history"]), int(state["progress"]["batch"])
+    except (KeyError, TypeError, ValueError):
+        return -1, -1
