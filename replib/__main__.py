@@ -251,9 +251,9 @@ def network_commands(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from replib.experiments import queue
+    from replib import parallel
     from replib.experiments.executor import run_plan
-    from replib.experiments.store import Store, compact
+    from replib.experiments.store import Store
 
     budget = positive("--budget-seconds", arguments.budget_seconds)
     plan, store, title, state = wanted(arguments, Store())
@@ -276,11 +276,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(f"{done.trained} cells trained, {done.present} were there.")
     if arguments.out:
-        own = [found for key in plan.cells if (found := store.read(key)) is not None]
-        write_bundle(arguments.out, own, compact)
-        print(f"{len(own)} evidence files in {arguments.out}")
-        for path in queue.save_states(plan, store, arguments.out):
-            print(f"{path}, {path.stat().st_size / 2**20:.1f} MiB, to go on from")
+        parallel.wait()  # for what the first of several processes still writes
+        if parallel.place() == 0:
+            write_bundle(arguments.out, plan, store)
+        parallel.wait()
     if done.out_of_time:
         print(f"{done.out_of_time} cells not finished in the time given; run again to go on.")
     for line in state():
@@ -332,10 +331,17 @@ def spoken(found) -> str:
     return f"{found.mean:.2f}{interval}, seeds: {found.n}"
 
 
-def write_bundle(path: Path, evidence: list[dict], compact) -> None:
+def write_bundle(out: Path, plan, store) -> None:
+    """The evidence of a plan as one file, and beside it what is to go on from."""
+    from replib.experiments import queue
+    from replib.experiments.store import compact
     from replib.training.checkpoint import write_bytes
 
-    write_bytes(path, compact({"evidence": evidence}))
+    own = [found for key in plan.cells if (found := store.read(key)) is not None]
+    write_bytes(out, compact({"evidence": own}))
+    print(f"{len(own)} evidence files in {out}")
+    for path in queue.save_states(plan, store, out):
+        print(f"{path}, {path.stat().st_size / 2**20:.1f} MiB, to go on from")
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:

@@ -31,6 +31,7 @@ from replib.experiments.cells import Plan, Planned
 from replib.experiments.claims import Held
 from replib.experiments.executor import Outcome, run_plan
 from replib.experiments.params import Cell
+from replib.experiments.queue import states_folder
 from replib.experiments.store import Store
 from replib.methods import dyrep
 from replib.methods.calibration import calibrate
@@ -943,10 +944,17 @@ def test_torchrun_trains_a_table(project, in_process):
     """Two processes leave one piece of evidence for each cell, which is that of one process."""
     project.table("two", TABLE)
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m replib run two".split()
-    command += ["--profile", "tiny", "--device", "cpu"]
+    bundle = project.folder / "out" / "results.json"
+    command += ["--profile", "tiny", "--device", "cpu", "--out", str(bundle)]
     options = dict(env=project.environment, cwd=project.folder, capture_output=True, text=True)
+    Results("two", "tiny").train(device="cpu", budget_seconds=0.001)  # so that there is a file
+    stopped = subprocess.run([sys.executable, *command, "--budget-seconds", "0.001"], **options)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("to go on from") == 1 and "2 cells not finished" in stopped.stdout
+    assert bundle.is_file() and len(list(states_folder(bundle).iterdir())) == 1
     done = subprocess.run([sys.executable, *command], **options)
     assert done.returncode == 0, done.stderr
+    assert list(states_folder(bundle).iterdir()) == []
     assert done.stdout.count("2 cells trained") == 1  # the other process is silent
     two = Results("two", "tiny")
     together = {row: two.evidence(row)[0] for row in ("base", "cycle")}

@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT, TINY, Project
 from test_cells import CELL
 
+from replib import parallel
 from replib.__main__ import main
 from replib.errors import UserError
 from replib.experiments import executor, queue
@@ -296,6 +297,26 @@ def test_what_is_not_taken_is_told(project, bundle, capfd):
     said, line = capfd.readouterr().out.splitlines()
     assert "1 files to go on from" in said
     assert line.endswith(f"{KEY[:16]}-weights.ckpt is not taken: this cell has weights here.")
+
+
+# -- of several processes --------------------------------------------------------------------------
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_first_of_several_processes_writes_the_bundle(
+    place, line_up, monkeypatch, tmp_path, capfd
+):
+    """The others find no file that they could ask for its size; all wait for one another."""
+    path = line_up(entry("one9", "a"))
+    (key,) = planning(path).plan.cells
+    Store().save(key, "checkpoint", at(1))
+    waited, out = [], tmp_path / "out" / "results.json"
+    monkeypatch.setattr(executor, "run_plan", lambda *_, **__: executor.Outcome(0, 0, 1))
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    monkeypatch.setattr(parallel, "place", lambda: place)
+    monkeypatch.setattr(parallel, "wait", lambda: waited.append(out.exists()))
+    assert main(["run", "--queue", str(path), "--out", str(out)]) == 0
+    assert waited == [False, place == 0] and out.exists() == (place == 0)
+    assert ("to go on from" in capfd.readouterr().out) == (place == 0)
+    assert len(list(queue.states_folder(out).glob("*"))) == (place == 0)
 
 
 def test_an_unknown_table(project):
