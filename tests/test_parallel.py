@@ -597,6 +597,10 @@ def test_what_cannot_be_split(monkeypatch):
     run.recipe = dataclasses.replace(run.recipe, augmentation=Augmentation(mixup=1.0))
     with pytest.raises(ValueError, match=r"accumulate \(=1\) with mixup .* accumulate=3"):
         fit(run)
+    run = task("split")
+    run.kind = object()
+    with pytest.raises(ValueError, match=r"accumulate \(=1\) with transfer .* accumulate=3"):
+        fit(run)
     with by_oneself():
         run = task("split")
     with pytest.raises(ValueError, match=r"needs a model of parallel.synchronised"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_blocks import scrambled
 from torch import nn
 
-from replib import export, fuse
+from replib import export, fuse, parallel
 from replib.blocks import BLOCKS
 from replib.errors import UserError
 from replib.experiments import cells, measurements
@@ -268,6 +268,14 @@ def cell(**changes) -> Cell:
         epochs=2, batch_size=20, learning_rate=0.05, momentum=0.9, weight_decay=1e-3,
     )  # fmt: skip
     return Cell.model_validate(values | changes)
+
+
+def test_several_processes_train_no_cell_in_eight_bits(tmp_path, monkeypatch):
+    """Each would have ranges of its own, and so another network."""
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    planned = cells.Planned("2" * 64, cell(quantized={"images": 50}, start="1" * 64))
+    with pytest.raises(UserError, match=r"quantized is for one process, here are 2: .* torchrun"):
+        cells.run_cell(planned, {}, Store(tmp_path))
 
 
 @pytest.mark.slow

@@ -455,9 +455,15 @@ def run_cell(
     tick: called after every epoch, and before all with the number of those that were done before.
     compile: of replib.training.step.MODES; flops: what `cost_of` says, where it has been asked.
     decoders: processes that read image files.
-    Raises: replib.training.loop.OutOfTime at the deadline, after a checkpoint.
+    Raises: replib.training.loop.OutOfTime at the deadline, after a checkpoint; UserError for a cell
+    that several processes cannot train together.
     """
     cell, key = planned.cell, planned.key
+    if cell.quantized is not None and (count := parallel.processes()) > 1:
+        raise UserError(
+            f"quantized is for one process, here are {count}: each would round by ranges of its "
+            "own images; run this table without torchrun."
+        )
     started = time.monotonic()
     if flops is None:
         flops = cost_of(planned, plan_cells) if compile == "auto" else 0

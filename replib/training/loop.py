@@ -13,8 +13,9 @@ Within an epoch nothing waits for the device: images, labels, their order and al
 the epoch are there at its start, and its loss is read at its end.
 
 Several processes (replib.parallel) compute together what one computes, to rounding: the parts of
-every batch, `Recipe.accumulate`, are dealt out to them. What the network draws itself is another's
-in each, and DBB's padding sees the statistics of its own process until the step is over.
+every batch, `Recipe.accumulate`, are dealt out to them. What the network draws itself, as dropout
+does, is another's in each, and DBB's padding sees the statistics of its own process until the step
+is over.
 """
 
 from __future__ import annotations
@@ -571,11 +572,16 @@ def check_shares(task: Task) -> None:
             )
         return
     augmentation = task.recipe.augmentation
-    if augmentation.mixup or augmentation.cutmix:
-        raise UserError(
-            f"accumulate (=1) with mixup or cutmix is for one process, here are {count}: images "
-            f"are mixed within a part, so say accumulate={count} or a multiple."
-        )
+    for asked, with_what, why in (
+        (augmentation.mixup or augmentation.cutmix, "mixup or cutmix", "images are mixed"),
+        # And images of many sizes are padded to the largest.
+        (task.kind is not None, "transfer", "losses are means over pixels or boxes"),
+    ):
+        if asked:
+            raise UserError(
+                f"accumulate (=1) with {with_what} is for one process, here are {count}: {why} "
+                f"within a part, so say accumulate={count} or a multiple."
+            )
     norms = [m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not all(isinstance(norm, parallel.Synchronised) for norm in norms):
         raise ValueError("a batch that processes share needs a model of parallel.synchronised().")
