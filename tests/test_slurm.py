@@ -406,9 +406,13 @@ def test_what_is_not_known_is_not_submitted_again(commands):
         head.submit()
     assert [batch.ids for batch in Batch.all(head.folder)] == [None] and not waiting_for(head)
     (commands.folder / "silent").unlink()
-    commands.answer("taken", "taken")
+    other = table({"a": {"label": "a", "set": {"learning_rate": 0.9}}})
+    commands.answer("taken", "taken", "taken")
+    head_of(other).submit()  # which does not know what the first job is to do
+    assert waiting_for(head) == ["101"]
     head_of(made).submit()
-    assert sorted(commands.queue()) == ["100", "101_0", "101_1", "102"] == waiting_for(head)
+    expected = ["100", "101", "102_0", "102_1", "103"]
+    assert sorted(commands.queue()) == expected == waiting_for(head)
 
 
 def test_a_refusal_is_forgotten(commands):

@@ -396,11 +396,12 @@ class Head:
         return found
 
     def alive(self, batch: Batch, there: dict[str, tuple[str, str]]) -> dict[int, str]:
-        """`living`; jobs of which no head knew get what they are to do."""
-        known = batch.ids is not None
-        found = living(batch, there)
-        if batch.ids is not None and not known:
+        """`living`; jobs of this table of which no head knew get what they are to do."""
+        known, found = batch.ids is not None, living(batch, there)
+        ours = all(key in self.plan.cells for keys in batch.jobs for key in keys)
+        if ours and not known and batch.ids is not None:
             self.hand_over(batch)
+            batch.write(self.folder)
         return found
 
     def known(self, there: dict[str, tuple[str, str]]) -> dict[str, str]:
@@ -413,7 +414,6 @@ class Head:
                 if number not in alive:  # what it said is of a try that is over
                     self.error_of(batch, number).unlink(missing_ok=True)
             if alive:
-                batch.write(self.folder)
                 found |= {key: batch.ids[n] for n in alive for key in batch.jobs[n]}
             else:
                 batch.path(self.folder).unlink(missing_ok=True)
@@ -466,8 +466,6 @@ class Head:
         does so after sbatch has answered, and did not come to it."""
         from submitit.core.utils import DelayedSubmission, JobPaths
 
-        if any(key not in self.plan.cells for keys in batch.jobs for key in keys):
-            return  # of another table
         for job, one in zip(self.jobs_of(batch), batch.ids, strict=True):
             path = JobPaths(self.folder / "log", one).submitted_pickle
             if path.exists():
