@@ -252,7 +252,7 @@ def network_commands(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from replib import parallel
-    from replib.experiments.executor import run_plan
+    from replib.experiments.executor import NotTrained, run_plan
     from replib.experiments.store import Store
 
     budget = positive("--budget-seconds", arguments.budget_seconds)
@@ -262,19 +262,24 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if budget is not None:  # of the whole command: reading and planning count
         budget -= time.monotonic() - arguments.started
-    done = run_plan(
-        plan,
-        store,
-        title=title,
-        workers=positive("--workers", arguments.workers),
-        budget_seconds=budget,
-        checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
-        device=arguments.device,
-        compile=arguments.compile or "auto",
-        executor=arguments.executor or "local",
-        slurm=arguments.slurm,
-    )
-    print(f"{done.trained} cells trained, {done.present} were there.")
+    try:
+        done = run_plan(
+            plan,
+            store,
+            title=title,
+            workers=positive("--workers", arguments.workers),
+            budget_seconds=budget,
+            checkpoint_seconds=positive("--checkpoint-seconds", arguments.checkpoint_seconds),
+            device=arguments.device,
+            compile=arguments.compile or "auto",
+            executor=arguments.executor or "local",
+            slurm=arguments.slurm,
+        )
+        print(f"{done.trained} cells trained, {done.present} were there.")
+    except NotTrained:  # the others are taken home all the same
+        if arguments.out:
+            write_bundle(arguments.out, plan, store)
+        raise
     if arguments.out:
         parallel.wait()  # for what the first of several processes still writes
         if parallel.place() == 0:
