@@ -142,7 +142,7 @@ def test_bad_data_folder(what, project, capfd):
 # -- where results go ----------------------------------------------------------------------------
 def test_results_that_cannot_be_written(project, capfd):
     (project.folder / "reports").write_text("a file, where a folder should be")
-    refused(capfd, ["run", "table2", "--profile", "smoke"], ["reports/runs", "cannot be written"])
+    refused(capfd, ["run", "table2", "--profile", "smoke"], ["reports/runs", "Not a directory"])
 
 
 def no_permission(*arguments, **options):

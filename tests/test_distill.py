@@ -251,8 +251,8 @@ def test_the_teacher_is_shown_only_what_is_left_over(store, monkeypatch):
 
     monkeypatch.setattr(cells, "teacher_of", watched)
     ran(store, made, cell)
-    # Two passes; what is left over of six epochs; a batch that counts FLOPs; the test split.
-    assert shown[: 6 + 6 + 1] == [20] * 6 + [16] * 6 + [20]
+    # Two passes; a batch that counts FLOPs; what is left over of six epochs; the test split.
+    assert shown[: 6 + 1 + 6] == [20] * 6 + [20] + [16] * 6
     assert sum(shown[13:]) == 797
 
 
