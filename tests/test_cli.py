@@ -1,6 +1,7 @@
 """A mistake gets exit status 2 and one line on standard error: in this process and in a shell."""
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from test_params import BAD_SETTINGS
 
 from replib.__main__ import COMMANDS, main
+from replib.experiments import executor
 from replib.training import checkpoint
 
 # the arguments, and what the line must name
@@ -231,3 +233,17 @@ def test_help(command, capfd):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0 and "usage" in capfd.readouterr().out
+
+
+def test_a_bundle_is_written_also_where_a_cell_failed(project, capfd, monkeypatch):
+    """Of a rented machine, say, which is gone soon."""
+    project.table("tiny9", TINY)
+    out = project.folder / "results.json"
+
+    def fails(*arguments, **options):
+        raise executor.NotTrained({"a" * 64: "cell a: it failed."}, of=2)
+
+    monkeypatch.setattr(executor, "run_plan", fails)
+    arguments = ["run", "tiny9", "--profile", "tiny", "--out", str(out)]
+    refused(capfd, arguments, ["1 of 2 cells were not trained", "cell a: it failed"])
+    assert json.loads(out.read_text()) == {"evidence": []}
