@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, at_home
@@ -259,6 +260,12 @@ def test_nothing_is_submitted_twice(cluster, dies):
     assert cluster.arrays[1][1] == {"100"}  # children wait for the job that was found again
 
 
+def own_clock(monkeypatch, sleep) -> None:
+    """Sleeps of the head alone go here: other threads of the test's process sleep on."""
+    clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(slurm, "time", clock)
+
+
 def test_what_has_left_the_queue_unfinished_is_submitted_again(cluster):
     made = table(FAMILY)
     head_of(made).submit()
@@ -274,7 +281,7 @@ def test_what_has_left_the_queue_unfinished_is_submitted_again(cluster):
 
 def test_one_head_submits_at_a_time(cluster, monkeypatch):
     waits, wait = threading.Event(), threading.Event().wait
-    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: (waits.set(), wait(0.01)))
+    own_clock(monkeypatch, lambda seconds: (waits.set(), wait(0.01)))
     made = table(FAMILY)
     claim = head_of(made).alone()
     second = threading.Thread(target=head_of(made).submit)
@@ -313,7 +320,7 @@ def test_a_head_waits_for_slurm(cluster, monkeypatch):
         slept.append(seconds)
         cluster.answers = len(slept) == 3
 
-    monkeypatch.setattr(slurm.time, "sleep", sleep)
+    own_clock(monkeypatch, sleep)
     head_of(made).submit()
     assert len(slept) == 3 and len(cluster.arrays) == 3
 
