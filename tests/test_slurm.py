@@ -576,7 +576,7 @@ needs_slurm = pytest.mark.skipif(
     else "make test-slurm runs it",
 )
 ASKED = ["cpus=1", "mem=0.4", "partition=low"]
-LONG = CELL | {"train_images": 1000, "held_out": 200, "epochs": 24}
+LONG = CELL | {"train_images": 1000, "held_out": 200, "epochs": 200}
 
 
 def free_port() -> int:
