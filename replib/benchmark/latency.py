@@ -172,9 +172,10 @@ def latency(network: Callable[[Setting], Subject], setting: Setting) -> dict:
 def first_of(run: Run, many: Tensor, like: Tensor) -> Tensor:
     """The outputs for the first CHECKED of these images, by batches of the size and the memory
     layout of `like`: what one image alone shows is chance."""
-    layout = torch.channels_last if like.is_contiguous(memory_format=torch.channels_last) else None
+    last = like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
     parts = many[: max(CHECKED, len(like))].split(len(like))
-    found = [run(part.contiguous(memory_format=layout or torch.contiguous_format)) for part in parts]
+    found = [run(part.contiguous(memory_format=layout)) for part in parts]
     return torch.cat(found)[:CHECKED]
 
 
