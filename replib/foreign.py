@@ -25,19 +25,21 @@ def regular(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def text_of(path: Path) -> str:
-    """A file of text. Raises: OSError; ValueError where it is too long, or not UTF-8."""
+def text_of(path: Path, most: int = MOST_TEXT) -> str:
+    """A file of text. Raises: OSError; ValueError where it is longer than `most` bytes, or not
+    UTF-8."""
     with regular(path) as file:
-        content = file.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
-        raise ValueError(f"it is longer than {MOST_TEXT >> 20} MiB")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is longer than {most >> 20} MiB")
     return content.decode()
 
 
-def json_of(path: Path) -> object:
-    """A file of JSON. Raises: OSError; ValueError for any other file, also one nested too deep."""
+def json_of(path: Path, most: int = MOST_TEXT) -> object:
+    """A file of JSON. Raises: OSError; ValueError for any other file, also one that is longer than
+    `most` bytes, or nested too deep."""
     try:
-        return json.loads(text_of(path))
+        return json.loads(text_of(path, most))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

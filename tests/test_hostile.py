@@ -46,6 +46,7 @@ from replib.report import notebooks
 from replib.report.overview import shell
 from replib.training import checkpoint, data, loader
 from replib.training.checkpoint import MAGIC, BadCheckpoint
+from replib.transfer.data import load_coco
 
 INPUTS = int(os.environ.get("REPLIB_FUZZ", "200"))  # of each kind
 SECONDS, BYTES = 30, 1 << 30  # after which one input hangs; by which all of a kind may grow
@@ -559,6 +560,16 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+BOXES = {  # a file of annotations
+    "images": [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in range(2)],
+    "annotations": [
+        {"id": i, "image_id": i % 2, "bbox": [1, 1, 2.5, 3], "category_id": 1 + i % 2, "iscrowd": 0}
+        for i in range(3)
+    ],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+}
+
+
 def looked_at(file: Path) -> None:
     """All that is done to an image of a folder."""
     for look in (
@@ -579,6 +590,26 @@ def test_images(tmp_path_factory, seed):
     draw, path = random.Random(seed), tmp_path_factory.getbasetemp() / "fuzzed.png"
     path.write_bytes(changed_bytes(draw.choice(IMAGES), draw))
     looked_at(path)
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@many
+@given(seeds)
+def test_annotations(tmp_path_factory, seed):
+    """Of a set in COCO's format."""
+    draw, home = random.Random(seed), tmp_path_factory.getbasetemp() / "annotations"
+    (home / "annotations").mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val"):
+        (home / part).mkdir(exist_ok=True)
+        for i in range(2):
+            (home / part / f"{i}.png").write_bytes(png(8, 6))
+        found = changed_values(BOXES, draw) if draw.random() < 0.6 else BOXES
+        content = json.dumps(found).encode()
+        content = changed_bytes(content, draw) if draw.random() < 0.2 else content
+        (home / "annotations" / f"instances_{part}.json").write_bytes(content)
+    with cleanly(UserError):
+        load_coco("coco", home, 16, 8)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ the sets' own, backbones of blocks that are dilated, fused and frozen, and runs 
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -254,6 +255,10 @@ def without(entry, key):
         ({"annotations__instances_train2017.json": "[]"}, ["images, annotations and categories"]),
         ({"annotations__instances_train2017.json": "{"}, ["images, annotations and categories"]),
         (
+            {"annotations__instances_train2017.json": "[" * 100_000},
+            ["images, annotations and categories"],
+        ),
+        (
             {"annotations__instances_train2017.json": listed()},
             ["train2017/a.png is not there", "unpack the images there"],
         ),
@@ -285,9 +290,23 @@ def test_a_folder_that_is_not_cocos_is_told_in_one_line(files, named, tmp_path):
         ({"annotations": [7]}, "annotations[0]: image_id is missing"),
         (
             {"annotations": [BOX | {"bbox": [0, 0, 1]}]},
-            "annotation 7: bbox (=[0, 0, 1]) must be four",
+            "annotation 7: bbox (=[0, 0, 1]) must be four finite",
         ),
         ({"annotations": [BOX | {"bbox": [0, 0, 1, "a"]}]}, "annotation 7: bbox (=[0, 0, 1, 'a'])"),
+        (
+            {"annotations": [BOX | {"bbox": [0, 0, math.inf, 1]}]},
+            "annotation 7: bbox (=[0, 0, inf, 1]) must be four finite numbers",
+        ),
+        (
+            {"annotations": [BOX | {"bbox": [0, math.nan, 1, 1]}]},
+            "annotation 7: bbox (=[0, nan, 1, 1]) must be four finite numbers",
+        ),
+        (
+            {"images": [IMAGE | {"file_name": "../a.png"}]},
+            "file_name (='../a.png') must name a file",
+        ),
+        ({"images": [IMAGE | {"file_name": "/a.png"}]}, "file_name (='/a.png') must name a file"),
+        ({"images": [IMAGE | {"file_name": "a\nb"}]}, "file_name (='a\\nb') must name a file"),
         (
             {"annotations": [BOX | {"iscrowd": None}]},
             "annotation 7: bbox (=[0, 0, 1, 1]) must be four",

@@ -13,11 +13,11 @@ Dataset", CVPR 2016.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from replib.errors import UserError
+from replib.foreign import json_of
 from replib.training.data import STATISTICS, Dataset, surveyed
 from replib.training.loader import Folder, opened, readable
 from replib.training.shapes import drawn
@@ -46,6 +47,7 @@ TRAINED = {  # label id of gtFine -> name, in the order of train ids
 TRAIN_IDS = np.full(256, IGNORED, np.uint8)
 TRAIN_IDS[[*TRAINED]] = np.arange(len(TRAINED))
 FILL = (124, 116, 104)  # around an image that is smaller than its crop: the mean colour
+MOST_JSON = 4 * 2**30  # bytes of a file of annotations; the longest of COCO has 0.45 GiB
 CHUNK = 500  # files that are surveyed at once
 Id = int | float | str  # of an image or a category, as sets like COCO have them
 
@@ -171,7 +173,7 @@ def annotations(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
             "json: expected one, as COCO is distributed."
         )
     try:
-        values = json.loads(found[0].read_text(encoding="utf-8"))
+        values = json_of(found[0], MOST_JSON)
         complete = all(isinstance(values[k], list) for k in ("images", "annotations", "categories"))
     except (OSError, ValueError, KeyError, TypeError):
         complete = False
@@ -230,6 +232,8 @@ def boxes_of(
             left, top, width, height = map(float, one["bbox"])
             crowd = int(one.get("iscrowd", 0))  # which sets with boxes only leave out
             box = [left, top, left + width, top + height, order[one["category_id"]], crowd]
+            if not all(map(math.isfinite, box)):
+                raise ValueError
             rows[one["image_id"]].append(box)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             named = f"annotation {short(one['id'])}" if has(one, "id") else f"annotations[{place}]"
@@ -237,11 +241,18 @@ def boxes_of(
     kept = [i for i in images if not trained or any(not row[5] for row in rows[i])]
     if not kept:
         raise UserError(f"{path}: has no image with a box.")
+    if out := next((n for n in (images[i]["file_name"] for i in kept) if climbs(n)), None):
+        raise UserError(f"{path}: file_name (={short(out)}) must name a file inside {folder}.")
     files = [str(folder / images[i]["file_name"]) for i in kept]
     if missing := next((file for file in files if not Path(file).is_file()), None):
         raise UserError(f"{missing} is not there, but {path} names it: unpack the images there.")
     said = [(images[i].get("height"), images[i].get("width")) for i in kept]
     return files, [rows[i] for i in kept], said
+
+
+def climbs(name: str) -> bool:
+    """Whether a name is none of a file inside the folder that it is told beside, or no name."""
+    return not name.isprintable() or PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
 def fault(one: object, images: dict, kinds: dict) -> str:
@@ -253,7 +264,7 @@ def fault(one: object, images: dict, kinds: dict) -> str:
         if one[key] not in [*known]:  # not by its hash: a list has none
             return f"{key} (={short(one[key])}) is not listed: list it, or leave the annotation out"
     crowd = short(one.get("iscrowd", 0))
-    return f"bbox (={short(one['bbox'])}) must be four numbers, iscrowd (={crowd}) 0 or 1"
+    return f"bbox (={short(one['bbox'])}) must be four finite numbers, iscrowd (={crowd}) 0 or 1"
 
 
 def check_sizes(path: Path, files: list[str], said: list[tuple], sides: np.ndarray) -> None:
