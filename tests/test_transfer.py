@@ -262,6 +262,10 @@ def without(entry, key):
             {"annotations__instances_train2017.json": listed()},
             ["train2017/a.png is not there", "unpack the images there"],
         ),
+        (
+            {"annotations__instances_train2017.json": listed([IMAGE | {"file_name": "a" * 300}])},
+            ["aaa is not there", "unpack the images there"],
+        ),
     ],
 )
 def test_a_folder_that_is_not_cocos_is_told_in_one_line(files, named, tmp_path):

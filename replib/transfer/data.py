@@ -244,7 +244,7 @@ def boxes_of(
     if out := next((n for n in (images[i]["file_name"] for i in kept) if climbs(n)), None):
         raise UserError(f"{path}: file_name (={short(out)}) must name a file inside {folder}.")
     files = [str(folder / images[i]["file_name"]) for i in kept]
-    if missing := next((file for file in files if not Path(file).is_file()), None):
+    if missing := next((file for file in files if not is_there(file)), None):
         raise UserError(f"{missing} is not there, but {path} names it: unpack the images there.")
     said = [(images[i].get("height"), images[i].get("width")) for i in kept]
     return files, [rows[i] for i in kept], said
@@ -253,6 +253,14 @@ def boxes_of(
 def climbs(name: str) -> bool:
     """Whether a name is none of a file inside the folder that it is told beside, or no name."""
     return not name.isprintable() or PurePath(name).is_absolute() or ".." in PurePath(name).parts
+
+
+def is_there(file: str) -> bool:
+    """Whether there is such a file; the system has none whose name it finds too long."""
+    try:
+        return Path(file).is_file()
+    except OSError:
+        return False
 
 
 def fault(one: object, images: dict, kinds: dict) -> str:
