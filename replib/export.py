@@ -72,6 +72,8 @@ def write_program(model: nn.Module, path: Path, inputs: Inputs) -> None:
     shapes = tuple({0: batch} for _ in inputs)
     with torch.no_grad(), quiet():
         program = torch.export.export(model, several(inputs), dynamic_shapes=shapes)
+        for node in program.graph.nodes:  # folders of this machine, in every one
+            node.meta.pop("stack_trace", None)
         torch.export.save(program, path)
 
 
@@ -106,6 +108,8 @@ def write_onnx(model: nn.Module, path: Path, inputs: Inputs, opset: int = OPSET)
             dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in inputs),
             verbose=False,
         )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # folders of this machine
     program.save(path, external_data=False)
     if (written := opset_of(path)) != opset:
         raise UserError(f"opset (={opset}) cannot be had: the exporter writes {written} here.")

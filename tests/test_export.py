@@ -2,9 +2,12 @@
 
 import importlib.util
 import warnings
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_blocks import scrambled
 from test_cli import refused
 from torch import nn
@@ -92,6 +95,20 @@ def test_a_program_takes_any_number_of_images(suffix, tmp_path):
     assert f"{path}: {path.stat().st_size:,} bytes" in said and "NOT" not in said
     assert report.record["ok"] and report.record["checks"][0]["name"] == "1"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_says_nothing_of_the_machine(suffix, tmp_path):
+    """The exporters write down where the code of every node stands."""
+    path = tmp_path / f"net{suffix}"
+    export(small(), path, images(2))
+    content = path.read_bytes()
+    if suffix == ".pt2":
+        with zipfile.ZipFile(path) as archive:
+            content = b"".join(map(archive.read, archive.namelist()))
+    assert b"conv" in content.lower()
+    for folder in (str(Path(torch.__file__).parent), str(ROOT), str(tmp_path), "site-packages"):
+        assert folder.encode() not in content, folder
 
 
 def test_a_copy_that_is_written_leaves_the_model_alone(tmp_path):
