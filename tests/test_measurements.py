@@ -11,11 +11,13 @@ from test_catalogue import papers_columns
 
 from replib.__main__ import main
 from replib.analysis.kernel_statistics import norm_slopes
+from replib.analysis.statistics import estimate
 from replib.experiments import measurements
 from replib.experiments.cells import trained_model
 from replib.experiments.params import MEASURES, load_table
 from replib.report import measured_figures
 from replib.report.catalogue import catalogue
+from replib.report.layer_figures import spread
 from replib.report.results import Results
 
 SLOW = {kind: pytest.mark.slow for kind in ("similarity", "sparsity", "conversion")}
@@ -208,6 +210,21 @@ def test_the_papers_deviations_stand_beside_ours():
 def layer(name: str, part: str, peak: float) -> dict:
     numbers = {"weight_min": -peak, "weight_max": peak / 2, "weight_peak": peak, "output_peak": 2.0}
     return {"layer": name, "part": part} | numbers
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ([0.1, 0.2, -0.3], "0 <"),
+        ([1e-12, 2e-12], "1.5e-12 <"),
+        ([0.5], "0.5"),
+        ([10.0, 30.0], "20 <"),
+    ],
+)
+def test_a_mean_of_zero_but_for_rounding_is_zero(values, said):
+    """What points lost add up to need not be 0, where as many are won."""
+    shown = spread(estimate(values))
+    assert shown.startswith(said) and sum([0.1, 0.2, -0.3]) != 0
 
 
 def in_eight_bits(accuracy: float, lost: float, deviation: float) -> dict:

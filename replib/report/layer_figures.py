@@ -177,7 +177,8 @@ def spread(value: Estimate | None) -> str:
     if value.n < 2:
         return f"{value.mean:.3g}"
     deviation = float(f"{value.deviation:.1g}")  # 10, not 1e+01
-    return f"{value.mean:.3g} <small>± {deviation:g}, n = {value.n}</small>"
+    rounding = abs(value.mean) < 1e-9 * value.deviation  # what is left of a sum of zero
+    return f"{0.0 if rounding else value.mean:.3g} <small>± {deviation:g}, n = {value.n}</small>"
 
 
 def short(block: str) -> str:
