@@ -598,9 +598,8 @@ class Head:
         for batch in self.batches():
             for number, keys in enumerate(batch.jobs):
                 if key in keys:
-                    log = (
-                        log.parent / "log" / f"{batch.ids[number] if batch.ids else '*'}_0_log.err"
-                    )
+                    job = batch.ids[number] if batch.ids else "*"
+                    log = self.folder / "log" / f"{job}_0_log.err"
                     with contextlib.suppress(OSError):
                         lines = self.error_of(batch, number).read_text().splitlines()
                         own_line = (one for one in lines if one.startswith(f"cell {key[:16]}"))
