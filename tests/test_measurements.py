@@ -112,6 +112,25 @@ def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch)
     assert all(one["found"] == first["found"] for one in again)
 
 
+def test_a_measurement_names_the_commits_at_which_its_parts_were_made(at, monkeypatch):
+    """What an earlier file has is taken from it, and is not of today's commit."""
+    results = at("magnitudes")
+    path = measurements.path_of(results.store, "magnitudes9", "tiny")
+    results.measure("cpu")
+    part = json.loads(path.read_text())
+    part |= {"cells": part["cells"][:1], "found": part["found"][:1]}
+    part["context"]["commit"] = "aaa-dirty, bbb"
+    path.write_text(json.dumps(part))
+    context = measurements.machine.context("cpu", ROOT) | {"commit": "ccc"}
+    monkeypatch.setattr(measurements.machine, "context", lambda *of: context)
+    for _ in range(2):
+        assert results.measure("cpu")["context"]["commit"] == "aaa-dirty, bbb, ccc"
+    other = path.rename(path.with_name("another.json"))
+    assert results.measure("cpu")["context"]["commit"] == "aaa-dirty, bbb, ccc"
+    path.unlink()
+    other.unlink()
+
+
 def test_what_was_measured_stays_when_weights_go(at, monkeypatch):
     """Of some cells or of all; what is missing is measured where weights are."""
     results = at("magnitudes")

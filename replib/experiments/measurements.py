@@ -119,8 +119,9 @@ def own(
     another table has measured of the same weights is not measured again, and what was measured
     stays when its weights go.
 
-    {"context", "settings", "cells", "found"}: found[i] is of cells[i]. None for a table that asks
-    for none, and where there is nothing to measure.
+    {"context", "settings", "cells", "found"}: found[i] is of cells[i]; context["commit"] names all
+    at which they were measured. None for a table that asks for none, and where there is nothing to
+    measure.
     """
     if not table.measure:
         return None
@@ -135,16 +136,20 @@ def own(
         return known
     made = {"context": machine.context(device, home()), "settings": kind.stated}
     made |= {"cells": [], "found": []}
+    here, commits = made["context"]["commit"], set()
     missing = sum(weights_of(cell) not in before for cell in cells)
     with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
         for cell in cells:
-            if (one := before.get(weights_of(cell))) is None:
+            one, commit = before.get(weights_of(cell), (None, here))
+            if one is None:
                 planned = plan.cells[cell["key"]]
                 model = trained_model(planned, store).to(device)
                 one = rounded(kind.measure(model, planned.cell, device))
                 bar.update()
             made["cells"].append(cell)
             made["found"].append(one)
+            commits |= set(commit.split(", "))
+            made["context"]["commit"] = ", ".join(sorted(commits))
             write(path, made)  # one that is stopped goes on from here
     return made
 
@@ -154,14 +159,16 @@ def weights_of(cell: dict) -> tuple[str, str]:
     return cell["key"], cell["result_sha256"]
 
 
-def measured_before(folder: Path, settings: dict) -> dict[tuple[str, str], dict]:
-    """Weights -> what was found, of all files of this machine that were made in this way: tables
-    share networks."""
+def measured_before(folder: Path, settings: dict) -> dict[tuple[str, str], tuple[dict, str]]:
+    """Weights -> (what was found, at which commits), of all files of this machine that were made in
+    this way: tables share networks."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         known = read(path)
         if known is not None and known["settings"] == settings:
-            found |= zip(map(weights_of, known["cells"]), known["found"], strict=True)
+            commit = known["context"].get("commit", "unknown")
+            pairs = zip(map(weights_of, known["cells"]), known["found"], strict=True)
+            found |= {weights: (one, commit) for weights, one in pairs}
     return found
 
 
