@@ -103,9 +103,11 @@ def trainable(
 def converted(model: Trainable) -> nn.Module:
     """What was trained, as `quantize` returns it: a copy; its own outputs to rounding.
 
-    Raises: ValueError in train mode, where ranges still move.
+    Raises: ValueError in train mode, where ranges still move, and for a network that has diverged.
     """
     refuse_training(model)
+    if model.diverged:
+        raise ValueError("a parameter is no number: training in 8 bits has diverged.")
     graph = copy.deepcopy(model.graph)
     shape = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"].shape
     first = next(graph.parameters())
@@ -117,7 +119,8 @@ class Trainable(nn.Module):
     """A network that computes as in 8 bits, with gradients that pass through the rounding.
 
     Shapes: as the network's. In train mode the ranges of maps follow a moving average; in eval
-    mode they stay. Ranges of weights are always those of the weights.
+    mode they stay. Ranges of weights are always those of the weights. Once it has diverged its
+    outputs are no numbers, as those of any network.
     """
 
     def __init__(self, graph: fx.GraphModule):
@@ -127,10 +130,14 @@ class Trainable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         try:
             return self.graph(x)
-        except AssertionError as error:  # torchao's, of a smallest value that is no number
-            raise UserError(
-                f"training in 8 bits has diverged ({error}): take a smaller learning rate."
-            ) from None
+        except AssertionError:  # torchao's, of a smallest value that is no number
+            shape = self.graph.graph.output_node().args[0][0].meta["val"].shape
+            nothing = x.new_full((len(x), *shape[1:]), torch.nan)
+            return nothing * sum(parameter.sum() for parameter in self.parameters())
+
+    @property
+    def diverged(self) -> bool:
+        return not all(parameter.isfinite().all() for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Trainable:
         for module in self.modules():  # an exported graph has no train() and eval() of its own

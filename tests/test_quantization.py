@@ -156,6 +156,20 @@ def test_ranges_of_training_begin_with_those_of_all_batches():
         trainable(nn.Sequential(net, nn.Dropout(0.5), nn.BatchNorm2d(3)).eval(), x)
 
 
+def test_what_has_diverged_computes_no_numbers():
+    """As in floating point, where training goes on all the same; torchao's observers stop it."""
+    model, x = trainable(one_layer(), drawn(2, 2, 6, 6)).train(), drawn(3, 2, 6, 6)
+    assert not model.diverged
+    whole = model(x)
+    out = model(x * torch.inf)  # 0 * inf
+    assert out.shape == whole.shape and out.isnan().all() and not model.diverged
+    out.sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert model.diverged and model(x).isnan().all() and model.eval()(x).isnan().all()
+    with pytest.raises(ValueError, match=r"^a parameter is no number: .* diverged\.$"):
+        converted(model)
+
+
 def test_what_is_stored_has_eight_bits():
     """And one tensor of images is one batch."""
     net = nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()

@@ -285,7 +285,8 @@ def in_eight_bits(model: nn.Module, cell: Cell, device: str) -> dict:
     """
     test = Split.test(dataset(cell), device)
     if isinstance(model, quantization.Trainable):
-        return {"eight_bits": {TRAINED: accuracy(quantization.converted(model), test)}}
+        eight_bits = model if model.diverged else quantization.converted(model)
+        return {"eight_bits": {TRAINED: accuracy(eight_bits, test)}}
     fused, images = fuse(model), list(calibration(cell, device, IMAGES))
     whole = classes(fused, test)
     found = {
