@@ -24,6 +24,7 @@ from replib.experiments.params import Cell, Table, load_table
 from replib.experiments.store import Store
 from replib.models import build
 from replib.networks import dilate
+from replib.report import figures
 from replib.report.page import Page
 from replib.report.results import Results
 from replib.training import shapes
@@ -805,3 +806,15 @@ def test_the_backbone_of_a_row_is_in_the_key(small):
     changed = one.transfer.model_copy(update={"anchor": 8})
     keys.add(key_of(one.model_copy(update={"transfer": changed}), "d"))
     assert len(keys) == 3
+
+
+def test_curves_of_a_table_of_which_detection_alone_is_run():
+    """Of the other metric there is no number at all."""
+    results = Results("dbb-table3", "smoke")
+    key = results.plan.by_row["detection_base", results.table.seeds[0]]
+    history = {"epoch": [0, 1], "test_mAP": [0.1, 0.2]}
+    results.__dict__["own"] = {key: {"result": {"history": history}}}
+    first, second = figures.curves(results).axes
+    (line,) = [one for one in first.lines if not one.get_label().startswith("_")]
+    assert line.get_ydata().tolist() == pytest.approx([10, 20])
+    assert not second.lines and second.get_legend() is None

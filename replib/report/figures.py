@@ -57,10 +57,11 @@ def curves(results: Results) -> Figure | None:
     for axis, (control, rows) in zip(axes[:, 0], panels.items(), strict=True):
         low = []
         for row, look in zip(rows, lines(len(rows)), strict=True):
-            part = history[history.row == row]
-            table = 100 * part.pivot_table(
-                f"test_{results.table.metric(row)}", "total_epoch", "seed"
-            )
+            metric = f"test_{results.table.metric(row)}"
+            part = history[history.row == row].reindex(columns=["total_epoch", "seed", metric])
+            if part[metric].isna().all():
+                continue  # not run; tables of detection and segmentation have a metric for each
+            table = 100 * part.pivot_table(metric, "total_epoch", "seed")
             mean, spread = table.mean(axis=1), table.sem(axis=1).fillna(0)
             label = name(results, row)
             axis.plot(mean.index, mean, lw=1.6, label=label, **look)
@@ -72,8 +73,8 @@ def curves(results: Results) -> Figure | None:
             axis.axvline(epoch - 0.5, color=MUTED, ls="--", lw=1)
         if low:
             axis.set_ylim(max(0, min(low) - 3), None)
+            axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         axis.set_ylabel(f"test {results.table.metric(control)}, %")
-        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel(
         "epoch (dashed: merge, redraw, restore, or the control's restart; band: standard error)"
     )
