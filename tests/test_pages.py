@@ -157,11 +157,13 @@ def unfounded(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def published() -> Overview:
-    """The pages of the published evidence."""
+def published(tmp_path_factory) -> Overview:
+    """The pages of the published evidence, without what this checkout has trained itself."""
+    store = Store(ROOT)
+    store.runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPLIB_HOME", str(ROOT))
-        yield Overview(Standings())
+        yield Overview(Standings(Evidence(store)))
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,13 @@ def read(path: Path) -> dict | None:
     return read_evidence(path)
 
 
+def score(evidence: dict) -> float:
+    """Of the one metric that a network has."""
+    deployed = evidence["result"]["deployed"]
+    (name,) = {"test_accuracy", "test_mAP", "test_mIoU"} & deployed.keys()
+    return 100 * deployed[name]
+
+
 def by_hand(overview: Overview, reference: str) -> str | None:
     """A quantity, from the evidence files themselves; None for what this does not know."""
     table, *rest = reference.split(".")
@@ -200,11 +209,7 @@ def by_hand(overview: Overview, reference: str) -> str | None:
     def accuracies(row: str) -> dict[int, float]:
         keys = {seed: one.plan.by_row[row, seed] for seed in one.table.seeds}
         found = {seed: read(folder / f"{key[:16]}.json") for seed, key in keys.items()}
-        return {
-            seed: 100 * evidence["result"]["deployed"]["test_accuracy"]
-            for seed, evidence in found.items()
-            if evidence is not None
-        }
+        return {seed: score(evidence) for seed, evidence in found.items() if evidence is not None}
 
     def gains(row: str) -> list[float]:
         spec = one.table.rows[row]
