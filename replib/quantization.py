@@ -107,7 +107,7 @@ def converted(model: Trainable) -> nn.Module:
     """
     refuse_training(model)
     if model.diverged:
-        raise ValueError("a parameter is no number: training in 8 bits has diverged.")
+        raise ValueError("a weight or range is no number: training in 8 bits has diverged.")
     graph = copy.deepcopy(model.graph)
     shape = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"].shape
     first = next(graph.parameters())
@@ -130,14 +130,19 @@ class Trainable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         try:
             return self.graph(x)
-        except AssertionError:  # torchao's, of a smallest value that is no number
+        except AssertionError:  # torchao's, of a range that is no number; or of another mistake
+            if not self.diverged:
+                raise
             shape = self.graph.graph.output_node().args[0][0].meta["val"].shape
             nothing = x.new_full((len(x), *shape[1:]), torch.nan)
             return nothing * sum(parameter.sum() for parameter in self.parameters())
 
     @property
     def diverged(self) -> bool:
-        return not all(parameter.isfinite().all() for parameter in self.parameters())
+        """Whether a parameter, or an end of the range of a map, is no finite number."""
+        seen = [each.activation_post_process for each in rounded_maps(self.graph)]
+        ends = [end for one in seen for end in (one.min_val, one.max_val)]
+        return not all(values.isfinite().all() for values in (*self.parameters(), *ends))
 
     def train(self, mode: bool = True) -> Trainable:
         for module in self.modules():  # an exported graph has no train() and eval() of its own

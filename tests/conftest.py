@@ -101,8 +101,7 @@ def project(tmp_path, monkeypatch) -> Project:
 class Inline:
     """A pool of one worker that is this very process: quick to start, and it can be patched."""
 
-    def __init__(self, workers, context, initializer, arguments):
-        self._processes = {}
+    def __init__(self, most, method, initializer, arguments):
         executor._ticks = arguments[0]
 
     def submit(self, function, *arguments) -> Future:
@@ -113,14 +112,14 @@ class Inline:
             future.set_exception(error)
         return future
 
-    def shutdown(self, **options) -> None:
-        """Nothing to shut down."""
+    def end(self) -> None:
+        """Nothing to end."""
 
 
 def alone(patch: pytest.MonkeyPatch) -> None:
     """Cells are trained in this process, one after the other, by one thread."""
     torch.set_num_threads(1)
-    patch.setattr(executor, "ProcessPoolExecutor", Inline)
+    patch.setattr(executor, "Workers", Inline)
     patch.setattr(executor, "cores", lambda: 1)
 
 

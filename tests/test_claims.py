@@ -392,7 +392,7 @@ def test_a_dead_holder_is_found_dead_while_other_cells_are_trained(project, monk
     monkeypatch.setattr(executor, "Claims", lambda: Claims(clock))
     monkeypatch.setattr(executor, "BEAT", 0)
     monkeypatch.setattr(executor, "ASK", 0)
-    monkeypatch.setattr(executor, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executor, "Workers", Pool)
     run_plan(made, store, workers=1, device="cpu")
     assert order == ["b", "a", "c", "d"]
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -163,10 +163,14 @@ def test_stopped_between_merge_and_restore(project, in_process, undisturbed, mon
     assert next(calls) > 2 * block and results(project) == undisturbed
 
 
-def children(pid: int) -> list[int]:
-    """Child processes that run replib's workers."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(c) for c in found if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+def children(pid: int, word: str = "spawn_main") -> list[int]:
+    """Child processes whose command has a word in it; of itself, replib's workers."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # of those that have just ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if word.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
 
 
 @pytest.mark.slow
@@ -381,9 +385,7 @@ REPRODUCE = ["reproduce", "tiny9", "--profile", "tiny"]
 
 def kernel_of(pid: int) -> int | None:
     """The process of a notebook that a command runs."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    kernels = [c for c in found if b"ipykernel" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return int(kernels[0]) if kernels else None
+    return next(iter(children(pid, "ipykernel")), None)
 
 
 @whole_only
@@ -401,6 +403,22 @@ def test_a_killed_kernel_is_reported_in_one_line(project, undisturbed):
     until(lambda: not alive(process.pid) and not alive(kernel))
     assert not (project.folder / "reports" / "tiny9-tiny.html").exists()
     finish(project, undisturbed)
+
+
+@pytest.mark.slow
+def test_workers_do_not_hear_ctrl_c(project, undisturbed):
+    """Not while they start, nor in a cell: a terminal sends it to all, one process answers."""
+    add_table(project)
+    process, heard = project.start(*RUN, "--workers", "2"), set()
+    while process.poll() is None:
+        for worker in children(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGINT)
+                heard.add(worker)
+        time.sleep(0.01)
+    out, error = process.communicate()
+    assert len(heard) == 2 and (process.returncode, error) == (0, ""), error
+    assert f"{CELLS} cells trained" in out and results(project) == undisturbed
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from replib.benchmark import latency as measured
 from replib.benchmark import running, timing
 from replib.benchmark.agreement import Unequal
 from replib.benchmark.cases import CASES
-from replib.benchmark.latency import FORMS, LATENCY, TRAINING, Form, as_far, latency, size
+from replib.benchmark.latency import FORMS, LATENCY, TRAINING, Form, as_far, first_of, latency, size
 from replib.benchmark.setting import TIERS, Setting, Subject
 from replib.benchmark.subjects import LeftOut, stack
 from replib.fusing import fuse
@@ -99,6 +99,22 @@ def test_eight_bits_may_be_as_far_from_float64_as_they_are_in_floating_point(mon
     forms(monkeypatch, **{name: Form(doubled, form.rounded, contiguous=True)})
     with pytest.raises(Unequal, match="8 bits, ONNX Runtime, batch 1: outputs differ"):
         latency(lambda setting: SMALL, QUICK)
+
+
+@pytest.mark.parametrize("batch, calls", [(1, [1] * 8), (4, [4, 4]), (64, [64])])
+def test_a_form_is_compared_on_eight_images_whatever_its_batch(batch, calls):
+    """In batches of the size and the layout in which it is timed; ONNX files have one layout."""
+    many, seen = torch.randn(max(batch, 8), 3, 4, 4), []
+
+    def run(x):
+        seen.append((len(x), x.is_contiguous(memory_format=torch.channels_last)))
+        return x.sum((2, 3))
+
+    for layout in (torch.channels_last, torch.contiguous_format):
+        like = many[:batch].contiguous(memory_format=layout)
+        torch.testing.assert_close(first_of(run, many, like), many[:8].sum((2, 3)))
+        assert seen == [(size, layout == torch.channels_last) for size in calls]
+        seen.clear()
 
 
 def test_nothing_at_all_is_not_the_same_as_a_network_that_rounding_has_ruined():

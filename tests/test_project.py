@@ -18,6 +18,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "errors": set(),
     "foreign": set(),
     "parallel": set(),
+    "workers": set(),
     "machine": {"parallel"},
     "kernels": {"errors"},
     "branches": {"kernels"},
@@ -40,7 +41,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
         "official", "narrowing",
     },
     # blocks and branches: what decays, by kind and place
-    "training": {"parallel", "fusing", "blocks", "branches"},
+    "training": {"parallel", "workers", "fusing", "blocks", "branches"},
     "transfer": {"training", "fusing", "networks", "blocks"},
     "checkpoint": {"training", "models", "blocks", "branches"},
     "analysis": {
@@ -49,10 +50,12 @@ LOWER = {  # a part -> the parts it may import, besides itself
     "experiments": {
         "analysis", "machine", "checkpoint", "training", "methods", "official", "models", "fusing",
         "blocks", "parallel", "narrowing", "transfer", "quantization",
+        "workers",
     },
     "benchmark": {
         "analysis", "export", "verification", "training", "methods", "official", "models",
         "convert", "branches", "fusing", "networks", "blocks", "machine", "quantization",
+        "workers",
     },
     "tools": {
         "experiments", "training", "checkpoint", "official", "export", "verification", "fusing",
@@ -60,7 +63,7 @@ LOWER = {  # a part -> the parts it may import, besides itself
     },
     "report": {
         "benchmark", "experiments", "analysis", "training", "models", "fusing", "blocks",
-        "branches", "kernels", "methods",
+        "branches", "kernels", "methods", "workers",
     },
     "__main__": {
         "report", "benchmark", "tools", "experiments", "training", "blocks", "parallel",

@@ -162,12 +162,21 @@ def test_what_has_diverged_computes_no_numbers():
     assert not model.diverged
     whole = model(x)
     out = model(x * torch.inf)  # 0 * inf
-    assert out.shape == whole.shape and out.isnan().all() and not model.diverged
+    assert out.shape == whole.shape and out.isnan().all() and model.diverged, "its ranges"
+    with pytest.raises(ValueError, match=r"^a weight or range is no number: .* diverged\.$"):
+        converted(model.eval())
     out.sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
-    assert model.diverged and model(x).isnan().all() and model.eval()(x).isnan().all()
-    with pytest.raises(ValueError, match=r"^a parameter is no number: .* diverged\.$"):
-        converted(model)
+    assert any(parameter.isnan().any() for parameter in model.parameters())
+    assert model.train()(x).isnan().all() and model.eval()(x).isnan().all() and model.diverged
+
+
+def test_images_that_do_not_fit_are_not_taken_for_divergence():
+    model = trainable(one_layer(), drawn(2, 2, 6, 6))
+    for wrong in (drawn(2, 3, 6, 6), drawn(2, 2, 7, 7)):
+        with pytest.raises((AssertionError, RuntimeError)):
+            model(wrong)
+    assert not model.diverged
 
 
 def test_what_is_stored_has_eight_bits():

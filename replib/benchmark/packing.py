@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import threading
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +16,7 @@ from replib.benchmark.steps import running
 from replib.benchmark.subjects import Way
 from replib.benchmark.timing import alternate, quotients, spread, synchronise
 from replib.training.step import PRECISIONS
+from replib.workers import follow_parent, unreached_by_interrupts
 
 
 def worker(pipe, subject: Subject, way: Way, setting: Setting) -> None:
@@ -33,17 +33,6 @@ def worker(pipe, subject: Subject, way: Way, setting: Setting) -> None:
             loss = run()
         synchronise(setting.device)
         pipe.send(loss.item())
-
-
-def follow_parent() -> None:
-    """End with the process that started this one."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def packed(setting: Setting, subject: Subject, way: Way, steps_each: int) -> dict:
@@ -65,8 +54,9 @@ def packed(setting: Setting, subject: Subject, way: Way, steps_each: int) -> dic
             losses.setdefault(index, pipe.recv())
 
     try:
-        for process in workers:
-            process.start()
+        with unreached_by_interrupts():
+            for process in workers:
+                process.start()
         together(len(pipes))  # all are there
         one, *others = setting.tier.workers
         actions = {named(one): partial(together, one)}

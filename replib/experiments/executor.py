@@ -12,11 +12,10 @@ import platform
 import secrets
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from replib.training.checkpoint import write_bytes
 from replib.training.loader import cores
 from replib.training.loop import OutOfTime
 from replib.training.step import chosen
+from replib.workers import Workers, keep_no_semaphore
 
 GRACE = 10  # seconds after the end of a budget in which cells write their checkpoints
 EXECUTORS = ("local", "slurm")
@@ -75,7 +75,7 @@ def settle(threads: int) -> None:
 
 
 def start_worker(ticks, threads: int, sources: list[own.Source]) -> None:
-    """In a new worker: one thread, deterministic, and gone as soon as its parent is.
+    """In a new worker: one thread, deterministic.
 
     sources: the files of the parent's own families of blocks, as it has read them.
 
@@ -86,16 +86,10 @@ def start_worker(ticks, threads: int, sources: list[own.Source]) -> None:
     for source in sources:
         own.run(source)
     settle(threads)
+    keep_no_semaphore()
     if slurm_job():  # which warns all processes of a job; this one works on until it is killed
         for warning in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(warning, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def work(planned: Planned, cells: dict[str, Planned], store: Held, options: dict) -> str:
@@ -256,7 +250,7 @@ def run_plan(
     most, costs = min(workers or cores(), len(missing)), {}
     spawn = multiprocessing.get_context("spawn")
     ticks = spawn.SimpleQueue()  # no process of its own, that would outlive a killed parent
-    pool = ProcessPoolExecutor(most, spawn, start_worker, (ticks, 1, own.sources()))
+    pool = Workers(most, "spawn", start_worker, (ticks, 1, own.sources()))
     packed = device.startswith("cuda") and workers is None and most > 1
     packing = Packing(most) if packed else None
     running: dict[Future, Planned] = {}
@@ -380,9 +374,7 @@ def run_plan(
         raise UserError(f"{trouble(error, store.runs)}; finished cells are kept.") from None
     finally:
         bar.close()
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # nothing is lost: see the docstring
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.end()  # nothing is lost: see the docstring
         for claim in held.values():
             claim.release()
     left = stopped + len(running) + len(waiting)

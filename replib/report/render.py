@@ -8,9 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
-from multiprocessing import get_context
 from pathlib import Path
 
 from replib.errors import UserError
@@ -24,6 +22,7 @@ from replib.report.page import Page
 from replib.report.results import Results, profile_path, profiles
 from replib.report.standing import Evidence, Recorded
 from replib.training.checkpoint import write_bytes
+from replib.workers import Workers, keep_no_semaphore
 
 PAGES = 5  # that a further process must have to make, to be worth its start
 SILENT = logging.NullHandler()
@@ -212,7 +211,7 @@ def render_all() -> Iterator[str]:
     if workers < 2:
         yield from filter(None, map(rendered, jobs))
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with Workers(workers, "spawn", keep_no_semaphore) as pool:
         yield from filter(None, pool.map(rendered, jobs))
 
 

@@ -18,15 +18,11 @@ from __future__ import annotations
 import gc
 import io
 import mmap
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +36,7 @@ from torch import Tensor
 
 from replib.errors import UserError
 from replib.foreign import in_one_line
+from replib.workers import Workers
 
 AHEAD = 3  # batches that are being decoded, or wait: the bound of the memory that is shared
 WORTH = 2**22  # pixels of batches that a process more is worth
@@ -236,18 +233,10 @@ _decoder: Decoder | None = None  # set in each worker by its initializer
 
 
 def begin(decoder: Decoder) -> None:
-    """In a new worker: Ctrl-C is its parent's to answer, and it goes as soon as its parent does."""
+    """In a new worker."""
     global _decoder
     _decoder = decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what was inherited, perhaps tensors on a GPU, is not this process's to free
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def fill(*piece) -> None:
@@ -255,18 +244,16 @@ def fill(*piece) -> None:
     _decoder.fill(*piece)
 
 
-def pool_of(workers: int, decoder: Decoder) -> ProcessPoolExecutor:
+def pool_of(workers: int, decoder: Decoder) -> Workers:
     """Processes forked from this one: they start in milliseconds and copy nothing."""
     from PIL import Image
 
     Image.init()  # once, here
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=begin, initargs=(decoder,)
-    )
+    return Workers(workers, "fork", begin, (decoder,))
 
 
 @contextmanager
-def ended(pool: ProcessPoolExecutor) -> Iterator[None]:
+def ended(pool: Workers) -> Iterator[None]:
     """Whatever happens inside, no process of the pool is left."""
     try:
         yield
