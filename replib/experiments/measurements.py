@@ -141,7 +141,8 @@ def own(
     made |= {"cells": [], "found": []}
     here, commits = made["context"]["commit"], set()
     missing = sum(weights_of(cell) not in before for cell in cells)
-    with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
+    look = {"desc": "measuring", "unit": "network", "file": sys.stdout, "ncols": 88}
+    with tqdm(total=missing, disable=not missing, **look) as bar:
         for cell in cells:
             one, commit = before.get(weights_of(cell), (None, here))
             if one is None:
