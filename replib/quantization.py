@@ -108,7 +108,8 @@ def converted(model: Trainable) -> nn.Module:
     refuse_training(model)
     if model.diverged:
         raise ValueError("a weight or range is no number: training in 8 bits has diverged.")
-    graph = copy.deepcopy(model.graph)
+    with quiet():
+        graph = copy.deepcopy(model.graph)
     shape = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"].shape
     first = next(graph.parameters())
     graph(first.new_zeros(2, *map(int, shape[1:])))  # ranges of the weights as they are now

@@ -104,11 +104,13 @@ def test_a_measurement_is_of_the_selected_weights_and_made_once(at, monkeypatch)
     again = [results.measure("cpu")]
     other = json.loads(path.read_text())
     short = json.dumps(other | {"found": other["found"][:-1]})
+    nobodys = json.dumps(other | {"context": {}})
+    nothings = json.dumps(other | {"cells": [{"row": "base"}] * made})
     other["settings"]["version"] += 1  # measured in another way
-    for damaged in (json.dumps(other), short, "{}"):
+    for damaged in (json.dumps(other), short, nobodys, nothings, "{}"):
         path.write_text(damaged)
         again.append(results.measure("cpu"))
-    assert len(asked) == made + 1 + 3 * made, "what was damaged, then all of them"
+    assert len(asked) == made + 1 + 5 * made, "what was damaged, then all of them"
     assert all(one["found"] == first["found"] for one in again)
 
 

@@ -37,6 +37,7 @@ DIGITS = 6  # of a number in a file
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.44)  # of weights set to zero; corners are 4 of 9
 DRAWS = 5  # of these weights
 BINS = 101
+NAMES = ("row", "key", "result_sha256")  # of a measured cell, beside its seed
 IMAGES, BATCH = 1024, 128
 # How networks are quantized after training: what has one scale, how ranges of maps are found.
 # Raise replib.quantization.VERSION when they change.
@@ -106,7 +107,9 @@ def read(path: Path) -> dict | None:
     """What was written there; None for no file, or any other one."""
     try:
         measurement = json_of(path)
-        right = measurement["cells"] and len(measurement["found"]) == len(measurement["cells"])
+        cells, commit = measurement["cells"], measurement["context"]["commit"]
+        right = cells and len(measurement["found"]) == len(cells) and isinstance(commit, str)
+        right = right and all(isinstance(cell[name], str) for cell in cells for name in NAMES)
         return measurement if right and "version" in measurement["settings"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -138,7 +141,8 @@ def own(
     made |= {"cells": [], "found": []}
     here, commits = made["context"]["commit"], set()
     missing = sum(weights_of(cell) not in before for cell in cells)
-    with tqdm(total=missing, desc="measuring", unit="network", file=sys.stdout, ncols=88) as bar:
+    look = {"desc": "measuring", "unit": "network", "file": sys.stdout, "ncols": 88}
+    with tqdm(total=missing, disable=not missing, **look) as bar:
         for cell in cells:
             one, commit = before.get(weights_of(cell), (None, here))
             if one is None:
@@ -166,9 +170,8 @@ def measured_before(folder: Path, settings: dict) -> dict[tuple[str, str], tuple
     for path in sorted(folder.glob("*.json")):
         known = read(path)
         if known is not None and known["settings"] == settings:
-            commit = known["context"].get("commit", "unknown")
             pairs = zip(map(weights_of, known["cells"]), known["found"], strict=True)
-            found |= {weights: (one, commit) for weights, one in pairs}
+            found |= {weights: (one, known["context"]["commit"]) for weights, one in pairs}
     return found
 
 
