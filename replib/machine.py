@@ -18,12 +18,17 @@ from replib import parallel
 
 @functools.lru_cache
 def commit(folder: Path) -> str:
-    """The commit of the code in a folder, with "-dirty" where the tree differs from it."""
+    """The commit of the code in a folder, with "-dirty" where files differ from it; not those of
+    reports/, which the command before this one may have written."""
+
+    def git(*command: str) -> str:
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *command], cwd=folder, **options).stdout.strip()
+
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-        return answer.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)reports")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
