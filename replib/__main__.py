@@ -442,13 +442,18 @@ def publish(arguments: argparse.Namespace) -> None:
     from replib.report.results import Results
 
     results = Results(arguments.table, arguments.profile, arguments.set)
-    for key in results.own:
+    hashes = {key: evidence["result_sha256"] for key, evidence in results.own.items()}
+    before = {key: evidence["result_sha256"] for key, evidence in results.published.items()}
+    other = sum(key in before and before[key] != own for key, own in hashes.items())
+    for key in hashes:
         results.store.publish(key)
     if measured := measurements.publish(results.store, arguments.table, arguments.profile):
         print(measured)
     missing = len(results.plan.cells) - len(results.own)
     left = f"; {missing} cells have none on this machine" if missing else ""
     print(f"{len(results.own)} evidence files in {results.store.published}{left}.")
+    if other:
+        print(f"{other} of them replaced a different result: see git diff.")
 
 
 def figure(arguments: argparse.Namespace) -> None:

@@ -296,6 +296,22 @@ def test_refusals_are_one_class():
     assert issubclass(BadCheckpoint, ValueError) and checkpoint.load(ROOT / "absent", KEY) is None
 
 
+def test_publishing_says_what_it_replaces(shared_project, monkeypatch, capsys):
+    monkeypatch.setenv("REPLIB_HOME", str(shared_project.folder))
+    results, command = Results("tiny9", "tiny"), ["publish", "tiny9", "--profile", "tiny"]
+    key, evidence = next(iter(results.own.items()))
+    other = evidence["result"] | {"versions": evidence["result"]["versions"] | {"engine": 1}}
+    other = {"result": other, "result_sha256": sha256(other), "context": evidence["context"]}
+    results.store.published_path(key).parent.mkdir(parents=True, exist_ok=True)
+    results.store.published_path(key).write_bytes(compact(other))
+    for said in (1, 0):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert out.count("\n1 of them replaced a different result: see git diff.\n") == said
+        assert results.store.read(key, published=True) == evidence
+    shutil.rmtree(results.store.published)
+
+
 # -- cleaning ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["make", "store"])
 def test_cleaning_never_touches_published_evidence(how, store, tmp_path):
