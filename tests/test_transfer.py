@@ -4,6 +4,8 @@ the sets' own, backbones of blocks that are dilated, fused and frozen, and runs 
 import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -818,3 +820,35 @@ def test_curves_of_a_table_of_which_detection_alone_is_run():
     (line,) = [one for one in first.lines if not one.get_label().startswith("_")]
     assert line.get_ydata().tolist() == pytest.approx([10, 20])
     assert not second.lines and second.get_legend() is None
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_tasks(drawn, project, in_process):
+    """As one does where nothing is drawn at random within a step; a segmenter's head drops out."""
+    both = {"block": "dbb", "accumulate": 2}
+    found = RETINA | both | {"data": "coco", "data_dir": str(drawn["shapes-coco"])}
+    parted = SEGMENTATION | both | {"data": "cityscapes", "transfer": PSP}
+    parted |= {"data_dir": str(drawn["shapes-cityscapes"])}
+    rows = {}
+    for name, values in (("found", found), ("parted", parted)):
+        del values["seed"]
+        rows[name] = dict(label=name, set=values)
+    table = {"cell": {}, "recipes": {}, "rows": rows, "control": "found"}
+    project.table("two", json.dumps(TABLE | table))
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m replib run two".split()
+    done = subprocess.run(
+        [sys.executable, *command, "--profile", "tiny", "--device", "cpu"],
+        env=project.environment, cwd=project.folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = Results("two", "tiny")
+    together = {row: two.evidence(row)[0] for row in rows}
+    two.store.clean()
+    alone = Results("two", "tiny")
+    alone.train(device="cpu")
+    for row, close in (("found", 1e-3), ("parted", 0.1)):
+        evidence = together[row]
+        assert evidence["context"]["processes"] == 2
+        ours, theirs = (e["result"]["history"] for e in (evidence, alone.evidence(row)[0]))
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=close)
+        assert evidence["result"]["deployed"]["fusing_error"] < 1e-4
