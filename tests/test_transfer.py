@@ -296,6 +296,10 @@ def test_a_folder_that_is_not_cocos_is_told_in_one_line(files, named, tmp_path):
         ({"annotations": [without({"bbox": 1}, "id")]}, "annotations[0]: image_id is missing"),
         ({"annotations": [7]}, "annotations[0]: image_id is missing"),
         (
+            {"images": [IMAGE | {"id": 0}], "annotations": [BOX | {"image_id": 0}] * 2049},
+            "image 0 has 2049 boxes, more than 2048: cut it into",
+        ),
+        (
             {"annotations": [BOX | {"bbox": [0, 0, 1]}]},
             "annotation 7: bbox (=[0, 0, 1]) must be four finite",
         ),

@@ -48,6 +48,7 @@ TRAIN_IDS = np.full(256, IGNORED, np.uint8)
 TRAIN_IDS[[*TRAINED]] = np.arange(len(TRAINED))
 FILL = (124, 116, 104)  # around an image that is smaller than its crop: the mean colour
 MOST_JSON = 4 * 2**30  # bytes of a file of annotations; the longest of COCO has 0.45 GiB
+MOST_BOXES = 2048  # of an image; 93 in COCO. All images have room for as many as the fullest one
 CHUNK = 500  # files that are surveyed at once
 Id = int | float | str  # of an image or a category, as sets like COCO have them
 
@@ -241,6 +242,11 @@ def boxes_of(
     kept = [i for i in images if not trained or any(not row[5] for row in rows[i])]
     if not kept:
         raise UserError(f"{path}: has no image with a box.")
+    for full in (i for i in kept if len(rows[i]) > MOST_BOXES):
+        raise UserError(
+            f"{path}: image {short(full)} has {len(rows[full])} boxes, more than {MOST_BOXES}: cut "
+            "it into several."
+        )
     if out := next((n for n in (images[i]["file_name"] for i in kept) if climbs(n)), None):
         raise UserError(f"{path}: file_name (={short(out)}) must name a file inside {folder}.")
     files = [str(folder / images[i]["file_name"]) for i in kept]
